@@ -1,0 +1,130 @@
+"""Pre-trained weights: where they are, what is known about them (cards), and their strict conversion."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tljax import errors
+from tljax.errors import UserError
+from tljax.weights import matcher, sources
+from tljax.weights.cards import CARDS, Card, assumed
+from tljax.weights.matcher import Report
+
+__all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
+
+# Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
+_OTHER_MODEL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """`params` and `batch_stats` as nested dicts of arrays; a reset leaf is its ShapeDtypeStruct still."""
+
+    params: dict
+    batch_stats: dict
+    card: Card
+    report: Report
+
+
+def card(spec: str, model_name: str = "") -> Card:
+    """The card of a catalogue name, a file or a path.
+
+    A file with the content of one of the catalogue's has that card. For any other the usual preprocessing of
+    `model_name` is assumed, and `note` says so. Raises UserError for an unknown name or a missing file.
+    """
+    if spec in CARDS:
+        return CARDS[spec]
+    if not sources.is_path(spec):
+        raise errors.unknown("weights", spec, CARDS)
+    for known in CARDS.values():
+        if known.source == spec:
+            return known
+    content = sources.digest(sources.locate(spec))
+    for known in CARDS.values():
+        if known.sha256 == content:
+            return dataclasses.replace(known, source=spec)
+    return assumed(spec, model_name, content, _input_size(model_name))
+
+
+def _input_size(model_name: str) -> int:
+    if not model_name:
+        return 224
+    from tljax import models
+
+    return models.input_size(model_name)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The tensors of a .pth or safetensors file (told by content), by name. Raises UserError, one line."""
+    from tljax.weights import pth, safetensors
+
+    path = Path(path)
+    if path.suffix == ".safetensors" or safetensors.looks_like(path):
+        return safetensors.read(path)
+    return pth.read(path)
+
+
+def load(
+    spec: str | Card,
+    model_name: str,
+    shapes: Mapping[str, Mapping],
+    reset: Sequence[str] = (),
+    resize: Sequence[str] = (),
+) -> Loaded:
+    """Fills `shapes` ({"params": …, "batch_stats": …}, nested, of ShapeDtypeStruct) with pre-trained arrays.
+
+    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`.
+    The arrays have the leaves' shapes and types. Strict: raises UserError, one line, for weights of another
+    model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
+    """
+    found = spec if isinstance(spec, Card) else card(spec, model_name)
+    if found.model and found.model != model_name:
+        shown = found.name if isinstance(spec, Card) else spec
+        raise UserError(f"weights {shown!r} are of the model {found.model}, not {model_name}")
+    shapes = {"params": {}, "batch_stats": {}, **shapes}
+    leaves = {path: tuple(leaf.shape) for path, leaf in matcher.flatten(shapes).items()}
+    reset, resize = _patterns(reset), _patterns(resize)
+    matcher.check_reset(reset, leaves)
+    if resize:
+        raise UserError(f"resize={', '.join(resize)}: no leaf of {model_name} has a way to be resized")
+
+    path = sources.locate(found.source, found.name)
+    content = sources.digest(path)
+    if found.sha256 and content != found.sha256:
+        raise UserError(f"{path}: SHA-256 is {content}, expected {found.sha256}; not read")
+    arrays = read(path)
+    naming, table = _table(found, model_name, list(arrays))
+    names = {name: array.shape for name, array in arrays.items()}
+    result = matcher.fit(names, table, leaves, reset)
+    if result.problems:
+        if result.problems > _OTHER_MODEL * len(names):
+            from tljax.weights import lookalike
+
+            other = lookalike.find(names, model_name)
+            if other:
+                raise UserError(
+                    f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
+                )
+        raise matcher.mismatch(result, str(path), model_name, naming, table)
+    filled = matcher.fill(arrays, result, shapes)
+    return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))
+
+
+def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
+    # "head" for ("head",) is a slip that would otherwise reset the stages h, e, a and d.
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _table(found: Card, model_name: str, names: list[str]) -> tuple[str, tuple]:
+    from tljax import models
+    from tljax.weights import lookalike
+
+    tables = models.conversion(model_name)
+    if not tables:
+        raise UserError(f"{found.name}: the model {model_name} has no conversion table")
+    if found.naming:
+        if found.naming not in tables:
+            raise errors.unknown("naming", found.naming, tables)
+        return found.naming, tables[found.naming]
+    return lookalike.best_table(names, model_name)

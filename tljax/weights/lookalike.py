@@ -1,0 +1,39 @@
+"""Tells which model a file's names belong to, when they are not those of the one that was asked for."""
+
+from collections.abc import Mapping
+
+from tljax.weights import matcher
+
+
+def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
+    """(naming, table) of the model whose rows match the most of `names`."""
+    from tljax import models
+
+    def matched(entry: tuple[str, tuple]) -> int:
+        return sum(found is not None for found in matcher.targets(names, entry[1]).values())
+
+    return max(models.conversion(model_name).items(), key=matched)
+
+
+def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, str] | None:
+    """(model, naming) that `source` (name → shape) fits but for its head, other than `model_name`; or None.
+
+    Names and numbers of stages are compared first, so that only the few models left are traced for shapes.
+    """
+    from tljax import models
+
+    for name in models.names():
+        if name == model_name:
+            continue
+        for naming, table in models.conversion(name).items():
+            found = matcher.targets(source, table).values()
+            if any(target is None for target in found):
+                continue
+            stages = {matcher.path_of(leaf).split("/")[0] for leaf, _ in found if leaf}
+            model = models.create(name, 2)
+            if stages | {"head"} != set(model.stages):
+                continue
+            shapes = {path: leaf.shape for path, leaf in matcher.flatten(models.shapes(model)).items()}
+            if matcher.fit(source, table, shapes, reset=("head",)).problems == 0:
+                return name, naming
+    return None

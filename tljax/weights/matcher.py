@@ -1,0 +1,240 @@
+"""Fits the arrays of a file to the leaves of a model, strictly: every name on either side is accounted for.
+
+Works on plain nested dicts. A conversion table is an ordered tuple of rows (pattern, target, transform): the
+first row whose regular expression matches a whole name in the file decides. The target is a template for
+`match.expand`, or a function of the match, or None (knowingly ignored), and says "params/stem/conv/kernel" or
+"batch_stats/stem/bn/mean".
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+import numpy as np
+
+from tljax import errors
+from tljax.errors import UserError, listing
+
+Row = tuple[str, str | Callable[[re.Match], str] | None, str]
+
+# Which axes of the file's array become the axes of ours; None leaves them.
+AXES: dict[str, tuple[int, ...] | None] = {
+    "same": None,
+    "conv": (2, 3, 1, 0),  # [out, in, height, width] -> [height, width, in, out], depthwise included
+    "linear": (1, 0),  # [out, in] -> [in, out]
+}
+
+
+def transform(name: str, array: np.ndarray) -> np.ndarray:
+    """`array` with its axes in our order; `name` is "same", "conv" or "linear"."""
+    axes = AXES[name]
+    return array if axes is None else np.transpose(array, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every leaf (paths without collection), and which names in the file were ignored."""
+
+    loaded: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    numbers: int = 0  # in all loaded leaves of `params`
+    naming: str = ""
+
+    def line(self) -> str:
+        """One line: how many leaves were loaded, and which were not."""
+        parts = [f"{len(self.loaded)} leaves loaded ({self.numbers:,} parameters)"]
+        for what in ("reset", "resized", "missing", "unexpected"):
+            names = getattr(self, what)
+            if names:
+                parts.append(f"{len(names)} {what}: {listing(names, 4)}")
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass
+class Fit:
+    """How names of a file and leaves of a model pair up; `problems` is 0 when they do without remainder."""
+
+    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # leaf -> (name in file, transform)
+    reset: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)  # names that no row knows
+    unexpected: dict[str, str] = field(default_factory=dict)  # name -> leaf that the model has not
+    misshaped: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)  # leaf -> (found, expected)
+    twice: dict[str, tuple[str, str]] = field(default_factory=dict)  # leaf -> both names
+
+    @property
+    def problems(self) -> int:
+        """The number of names and leaves that do not pair up."""
+        found = (self.missing, self.unmatched, self.unexpected, self.misshaped, self.twice)
+        return sum(map(len, found))
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict of "a/b/c" to leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _like(tree: Mapping, flat: Mapping[str, Any], prefix: str = "") -> dict:
+    """A tree of the structure of `tree` with the leaves of `flat`."""
+    return {
+        key: _like(value, flat, f"{prefix}{key}/") if isinstance(value, Mapping) else flat[f"{prefix}{key}"]
+        for key, value in tree.items()
+    }
+
+
+def path_of(leaf: str) -> str:
+    """The leaf's path within its collection: "params/head/bias" -> "head/bias"."""
+    return leaf.split("/", 1)[1]
+
+
+def covers(patterns: Iterable[str], path: str) -> bool:
+    """Whether a pattern is this path or a stage or module above it."""
+    return any(path == pattern or path.startswith(f"{pattern}/") for pattern in patterns)
+
+
+def targets(names: Iterable[str], table: Sequence[Row]) -> dict[str, tuple[str | None, str] | None]:
+    """For each name: (leaf or None if ignored, transform), or None where no row matches the whole name."""
+    rows = [(re.compile(pattern), target, how) for pattern, target, how in table]
+    found: dict[str, tuple[str | None, str] | None] = {}
+    for name in names:
+        found[name] = None
+        for pattern, target, how in rows:
+            match = pattern.fullmatch(name)
+            if match:
+                leaf = target(match) if callable(target) else target and match.expand(target)
+                found[name] = (leaf, how)
+                break
+    return found
+
+
+def fit(
+    source: Mapping[str, tuple[int, ...]],
+    table: Sequence[Row],
+    leaves: Mapping[str, tuple[int, ...]],
+    reset: Sequence[str] = (),
+) -> Fit:
+    """Pairs names with leaves by their shapes alone.
+
+    source: name in the file → shape; leaves: "params/…" or "batch_stats/…" → shape; reset: stages or path
+    prefixes whose leaves take nothing from the file.
+    """
+    result = Fit(reset=[leaf for leaf in leaves if covers(reset, path_of(leaf))])
+    for name, found in targets(source, table).items():
+        if found is None:
+            result.unmatched.append(name)
+            continue
+        leaf, how = found
+        if leaf is None or covers(reset, path_of(leaf)):
+            result.ignored.append(name)
+        elif leaf not in leaves:
+            result.unexpected[name] = leaf
+        elif leaf in result.pairs:
+            result.twice[leaf] = (result.pairs[leaf][0], name)
+        else:
+            result.pairs[leaf] = (name, how)
+            shape, expected = _transformed(tuple(source[name]), how), tuple(leaves[leaf])
+            if shape != expected:
+                result.misshaped[leaf] = (tuple(source[name]) if shape is None else shape, expected)
+    skipped = set(result.reset)
+    result.missing = [leaf for leaf in leaves if leaf not in result.pairs and leaf not in skipped]
+    return result
+
+
+def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
+    axes = AXES[how]
+    if axes is None:
+        return shape
+    return tuple(shape[axis] for axis in axes) if len(axes) == len(shape) else None
+
+
+def check_reset(reset: Sequence[str], leaves: Iterable[str]) -> None:
+    """Raises UserError for a pattern that covers no leaf, with the nearest stage or path."""
+    paths = [path_of(leaf) for leaf in leaves]
+    for pattern in reset:
+        if not any(covers((pattern,), path) for path in paths):
+            stages = list(dict.fromkeys(path.split("/")[0] for path in paths))
+            close = errors.nearest(pattern, stages) or errors.nearest(pattern, paths)
+            hint = close or f"; there are: {listing(stages, 30)}"
+            raise UserError(f"reset={pattern!r} matches no leaf of the model{hint}")
+
+
+def mismatch(result: Fit, file: str, model: str, naming: str, table: Sequence[Row]) -> UserError:
+    """The error for a fit that leaves a remainder: first ten names of each kind, counts, nearest names."""
+    parts = []
+    if result.missing:
+        parts.append(f"{len(result.missing)} missing: {listing(map(path_of, result.missing))}")
+    strange = {**dict.fromkeys(result.unmatched), **result.unexpected}
+    if strange:
+        shown = [f"{name} ({path_of(leaf)})" if leaf else name for name, leaf in strange.items()]
+        parts.append(
+            f"{len(strange)} unexpected: {listing(shown)}" + _nearest(strange, result.missing, table)
+        )
+    if result.misshaped:
+        shown = [
+            f"{path_of(leaf)} ({_by(found)}, expected {_by(expected)})"
+            for leaf, (found, expected) in result.misshaped.items()
+        ]
+        parts.append(f"{len(shown)} misshaped: {listing(shown)}")
+    if result.twice:
+        shown = [f"{path_of(leaf)} by {first} and {second}" for leaf, (first, second) in result.twice.items()]
+        parts.append(f"{len(shown)} filled twice: {listing(shown)}")
+    known = [*result.missing, *result.misshaped]
+    stages = list(dict.fromkeys(path_of(leaf).split("/")[0] for leaf in known))
+    hint = f"; to start it afresh: reset={stages[0]!r}" if len(stages) == 1 and not strange else ""
+    return UserError(f"{file} does not fit {model} ({naming} naming): {'; '.join(parts)}{hint}")
+
+
+def _nearest(strange: Mapping[str, str | None], missing: Sequence[str], table: Sequence[Row]) -> str:
+    """For the first strange names: the missing leaf, or the name that a row expects, that is closest."""
+    # Row patterns are compared as text, every number as N.
+    known = [pattern.replace(r"(\d+)", "N").replace("\\", "") for pattern, _, _ in table]
+    hints = []
+    for name, leaf in list(strange.items())[:3]:
+        if leaf:
+            close = [path_of(path) for path in difflib.get_close_matches(leaf, missing, 1, 0.6)]
+        else:
+            close = difflib.get_close_matches(re.sub(r"\d+", "N", name), known, 1, 0.6)
+            close = close or difflib.get_close_matches(name, known, 1, 0.6)
+        hints += [f"{name} → {close[0]}"] if close else []
+    return f" (nearest: {', '.join(hints)})" if hints else ""
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) if shape else "a scalar"
+
+
+def fill(source: Mapping[str, np.ndarray], result: Fit, shapes: Mapping[str, Mapping]) -> dict[str, dict]:
+    """The trees of `shapes` with copies of the file's arrays in the leaves' types; reset leaves stay."""
+    leaves = flatten(shapes)
+    flat = {leaf: leaves[leaf] for leaf in result.reset}
+    for leaf, (name, how) in result.pairs.items():
+        # A copy in any case: the arrays of a file are a view of it, and the file may change.
+        flat[leaf] = np.array(transform(how, source[name]), dtype=leaves[leaf].dtype, order="C", copy=True)
+    return _like(shapes, flat)
+
+
+def report(result: Fit, shapes: Mapping[str, Mapping], naming: str) -> Report:
+    """What `fill` did with a fit without problems."""
+    leaves = flatten(shapes)
+    loaded = list(result.pairs)
+    return Report(
+        loaded=tuple(map(path_of, loaded)),
+        reset=tuple(map(path_of, result.reset)),
+        ignored=tuple(result.ignored),
+        numbers=sum(int(np.prod(leaves[leaf].shape)) for leaf in loaded if leaf.startswith("params/")),
+        naming=naming,
+    )
