@@ -1,0 +1,182 @@
+"""Batches from a split, on grain's threads. An example is a pure function of the seed and its place.
+
+The stream of training examples is endless: example j belongs to epoch j // n, and takes the place j % n of
+that epoch's own permutation. Batch k is the examples k·B … (k+1)·B − 1, whatever the number of threads and
+processes, so a run resumes exactly at any step, and nothing of the pipeline's state needs to be stored.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from tljax.data import augment as augmentations
+from tljax.data import transforms
+from tljax.data.dataset import Split
+from tljax.data.images import BadImage, opencv
+from tljax.errors import UserError
+
+ORDER, PIXELS = 0, 1  # independent streams of random numbers under one seed
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What `train_batches` does to photographs. Other fields of `config.augment` belong to the device.
+
+    crop_min_scale: smallest area of the random-resized crop, 1.0 = the evaluation crop instead. color_jitter:
+    strength, 0 = off. randaugment: (operations, magnitude of 10) or ().
+    """
+
+    crop_min_scale: float = 0.08
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    color_jitter: float = 0.0
+    randaugment: tuple = ()
+
+    @classmethod
+    def of(cls, config: "Mapping | Augment | None") -> "Augment":
+        """From `config.augment`; raises UserError for values that make no sense."""
+        if not isinstance(config, cls):
+            names = {f.name for f in fields(cls)}
+            config = cls(**{name: value for name, value in dict(config or {}).items() if name in names})
+        if not 0 < config.crop_min_scale <= 1:
+            raise UserError(f"augment.crop_min_scale is {config.crop_min_scale}, expected a part of the area, 0 to 1")
+        if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
+            raise UserError(
+                f"augment.crop_ratio is {tuple(config.crop_ratio)}, expected (smallest, largest) width / height"
+            )
+        if config.color_jitter < 0:
+            raise UserError(f"augment.color_jitter is {config.color_jitter}, expected 0 or more")
+        if config.randaugment and (
+            len(config.randaugment) != 2 or config.randaugment[0] < 1 or not 0 <= config.randaugment[1] <= 10
+        ):
+            raise UserError(
+                f"augment.randaugment is {tuple(config.randaugment)}, expected (operations, magnitude 0 to 10) or ()"
+            )
+        return config
+
+
+def train_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    stop_step: int,
+    size: int,
+    augment: Mapping | Augment | None = None,
+    interpolation: str = "bicubic",
+    crop: float = 0.875,
+    threads: int = 2,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches start_step … stop_step − 1: {"image": uint8 [b, size, size, 3], "label": int32 [b]}.
+
+    b = batch_size // number of processes; `process` = (index, count), each gets its own consecutive part of
+    the global batch. Every photograph comes once an epoch, batches run across the ends of epochs. `crop` is
+    used only where augment.crop_min_scale is 1. Raises UserError, also (with the file's name) while
+    iterating.
+    """
+    augment = Augment.of(augment)
+    transforms.check_interpolation(interpolation)
+    index, local = _share(batch_size, process)
+    n = len(split)
+    if not n:
+        raise UserError("the train split is empty")
+
+    @functools.lru_cache(maxsize=2)  # threads work on both sides of an epoch's end
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
+
+    def example(place: int) -> dict:
+        step, within = divmod(place, local)
+        j = step * batch_size + index * local + within
+        at = int(permutation(j // n)[j % n])
+        rng = np.random.default_rng((seed, PIXELS, j))
+        return _example(split, at, lambda image: _augmented(rng, image, size, augment, interpolation, crop))
+
+    return _batches(example, start_step * local, stop_step * local, local, threads)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    size: int,
+    crop: float = 0.875,
+    interpolation: str = "bicubic",
+    threads: int = 2,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """The whole split once, in order: {"image", "label", "mask": float32 [b], "index": int32 [b]}.
+
+    index is the place in the split (image and label as in `train_batches`). Every process gets the same
+    number of batches; what fills up the last ones has mask 0, index −1, label 0 and a black image. Raises
+    UserError, also (with the file's name) while iterating.
+    """
+    transforms.check_interpolation(interpolation)
+    if not 0 < crop <= 1:
+        raise UserError(f"crop is {crop}, expected a fraction of the shorter side, 0 to 1")
+    index, local = _share(batch_size, process)
+    blank = np.zeros((size, size, 3), np.uint8)
+
+    def example(place: int) -> dict:
+        step, within = divmod(place, local)
+        at = step * batch_size + index * local + within
+        if at >= len(split):
+            return {"image": blank, "label": np.int32(0), "mask": np.float32(0), "index": np.int32(-1)}
+        found = _example(split, at, lambda image: transforms.resize_and_centre_crop(image, size, crop, interpolation))
+        return {**found, "mask": np.float32(1), "index": np.int32(at)}
+
+    steps = -(-len(split) // batch_size)
+    return _batches(example, 0, steps * local, local, threads)
+
+
+def _share(batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
+    index, count = process
+    if batch_size < 1 or batch_size % count:
+        raise UserError(f"batch size {batch_size} cannot be divided among {count} processes")
+    return index, batch_size // count
+
+
+def _example(split: Split, at: int, transform) -> dict:
+    image, label = split[at]
+    try:
+        return {"image": transform(image), "label": np.int32(label)}
+    except BadImage as error:
+        raise UserError(f"{split.name(at)}: {error}; data.on_bad='skip' leaves such files out") from None
+
+
+def _augmented(rng, image, size: int, augment: Augment, interpolation: str, crop: float) -> np.ndarray:
+    if augment.crop_min_scale < 1:
+        pixels = transforms.random_resized_crop(
+            rng, image, size, augment.crop_min_scale, augment.crop_ratio, interpolation
+        )
+    else:
+        pixels = transforms.resize_and_centre_crop(image, size, crop, interpolation)
+    if augment.flip and rng.random() < 0.5:
+        pixels = transforms.flip(pixels)
+    if augment.color_jitter:
+        pixels = augmentations.color_jitter(rng, pixels, augment.color_jitter)
+    if augment.randaugment:
+        pixels = augmentations.randaugment(rng, pixels, *augment.randaugment)
+    return pixels
+
+
+def _batches(example, start: int, stop: int, batch: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """Examples start … stop − 1 in order, in batches. The generator's end or closing stops the threads."""
+    if stop <= start:
+        return
+    import grain
+
+    opencv()  # imported here, before several threads want to
+    # Two batches ahead: the device never waits, and the buffer stays small beside the model.
+    ahead = max(2 * batch, threads) if threads else 0
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    dataset = grain.MapDataset.range(start, stop).map(example).to_iter_dataset(options).batch(batch)
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
