@@ -1,0 +1,64 @@
+"""Eight fake CPU devices, a shared compilation cache, and the environment that makes both reliable."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax starts: with fewer threads than devices the CPU collectives can wait for each other for ever.
+os.environ.setdefault("PJRT_NPROC", "16")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tljax-test-xla-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests compile far more than they compute: LLVM's costly passes are left out (XLA's own, on HLO, stay).
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+TINY = Path(__file__).parent / "tiny.py"
+COLOURS = {"blue": (60, 80, 190), "green": (70, 170, 80), "red": (200, 70, 60)}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of noisy coloured squares: 24 train, 9 val and 13 test images (no round number) of 3 classes."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, counts in (("train", (8, 8, 8)), ("val", (3, 3, 3)), ("test", (5, 4, 4))):
+        for (name, colour), count in zip(COLOURS.items(), counts):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(colour, 60, (40, 48, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(photos) -> list[str]:
+    """Command-line arguments of the tiny experiment; more may follow."""
+    return [f"--config={TINY}", f"--config.data.source=folder:{photos}"]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Path:
+    """The workdir of a finished tiny run."""
+    from tljax import train
+
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train.main([*tiny, f"--workdir={path}"]) == 0
+    return path
+
+
+def command(module: str, *argv: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `python -m module argv…` as a process of its own with so many CPU devices."""
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )

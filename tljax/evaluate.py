@@ -1,0 +1,99 @@
+"""Repeats the final figures of a run from its checkpoint: `python -m tljax.evaluate --workdir=…`."""
+
+import jax
+import numpy as np
+
+from tljax import data, experiment, parallel
+from tljax.checkpoint import Checkpoints
+from tljax.config import from_command_line
+from tljax.errors import UserError
+from tljax.report import metrics
+from tljax.report.console import Console, quiet_libraries
+from tljax.step import evaluated, make_predict_step
+from tljax.workdir import Workdir
+
+
+class Evaluator:
+    """Gives the logits of every example of a split, in order, each exactly once; compiles once."""
+
+    def __init__(self, exp: experiment.Experiment, layout: parallel.Layout):
+        self.exp, self.layout = exp, layout
+        p = exp.preprocessing
+        self.predict = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std))
+
+    def __call__(self, params, stats, split: data.Split) -> np.ndarray:
+        """Returns float32 logits [examples, classes]."""
+        config, p = self.exp.config, self.exp.preprocessing
+        batches = data.eval_batches(
+            split, batch_size=config.batch_size, size=p.size, crop=p.crop, interpolation=p.interpolation,
+            threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
+        )  # fmt: skip
+        logits = [
+            np.asarray(self.predict(params, stats, self.layout.place_batch({"image": batch["image"]})["image"]))
+            for batch in batches
+        ]
+        # Global batches lie in the order of the split; what fills the last one up comes at the end.
+        return np.concatenate(logits)[: len(split)]
+
+
+def restore(workdir: Workdir, which: str = "best"):
+    """Returns (experiment, layout, params, stats, notes) of a run's checkpoint: "best", "last" or a step."""
+    config = workdir.config()
+    checkpoints = Checkpoints(workdir.path / "checkpoints", create=False)
+    last = checkpoints.latest()
+    if last is None:
+        raise UserError(f"{workdir.path} has no checkpoint yet")
+    best = checkpoints.notes(last)["best"]
+    step = best["step"] if which == "best" and best else last if which in ("best", "last") else which
+    if step not in checkpoints.steps() and str(step) not in map(str, checkpoints.steps()):
+        raise UserError(
+            f"no checkpoint {step} in {workdir.path}; there are: {', '.join(map(str, checkpoints.steps()))}"
+        )
+    step = int(step)
+    notes = checkpoints.notes(step)
+    layout = parallel.Layout(config.parallel, config.batch_size)
+    exp = experiment.build(config, len(notes["classes"]), layout)
+    tx, _ = exp.optimizer(*experiment.total_steps(config, notes["examples"]))
+    state = checkpoints.restore(step, layout.abstract(exp.state_shapes(tx)))
+    checkpoints.close()
+    return exp, layout, *evaluated(state, exp.plan), notes
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates a run's checkpoint on val and test, and says whether its summary has the same figures."""
+    flags = from_command_line(
+        argv, main.__doc__, config=False, workdir="the run", checkpoint="best (default), last, or a step"
+    )
+    if not flags.workdir:
+        raise UserError("no --workdir: give the folder of a run")
+    quiet_libraries()
+    workdir = Workdir(flags.workdir)
+    config = workdir.config()
+    parallel.start()
+    console = Console(enabled=jax.process_index() == 0)
+    dataset = data.load(config.data)
+    exp, layout, params, stats, notes = restore(workdir, flags.checkpoint or "best")
+    if tuple(notes["classes"]) != dataset.classes:
+        raise UserError(f"the classes of {dataset.name} are not those that {workdir.path} was trained on")
+    evaluator, found = Evaluator(exp, layout), {}
+    for name, split in (("val", dataset.val), ("test", dataset.test)):
+        if len(split):
+            logits = evaluator(params, stats, split)
+            found[name] = metrics.classification(logits, split.labels, dataset.classes, dataset.coarse)
+    console.final({"name": config.name, "best": {"step": notes["step"]}, **found})
+    summary = workdir.summary()
+    if summary and not flags.checkpoint:
+        same = all(
+            np.allclose(found[k]["nll"], summary[k]["nll"], rtol=1e-4)
+            and found[k]["accuracy"] == summary[k]["accuracy"]
+            for k in found
+        )
+        console.print("the same figures as summary.json" if same else "NOT the figures of summary.json")
+        return 0 if same else 1
+    return 0
+
+
+if __name__ == "__main__":
+    from tljax.config import run
+
+    run(main)

@@ -1,0 +1,145 @@
+"""What a config denotes: model, shapes, plan, optimizer. From shapes alone: no weights, no data, no compile."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tljax import models, optim, strategies, weights
+from tljax import plan as plans
+from tljax.config import check, duration
+from tljax.data.catalogue import CATALOGUE
+from tljax.errors import UserError
+from tljax.parallel import Layout
+from tljax.step import State, init_state
+
+DEFAULT_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, where no card says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How images reach the model: as the weights' card says."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config and the number of classes, resolved."""
+
+    config: ConfigDict
+    model: Any
+    card: weights.Card | None  # None: random weights
+    preprocessing: Preprocessing
+    shapes: dict  # {"params": …, "batch_stats": …} of jax.ShapeDtypeStruct
+    plan: plans.Plan
+
+    def optimizer(self, total_steps: int, steps_per_epoch: float):
+        """Returns (gradient transformation over the trainable leaves, learning rate as a function of the step)."""
+        schedule = optim.learning_rate(self.config.optim, total_steps, steps_per_epoch)
+        return optim.optimizer(self.plan, self.config.optim, schedule), schedule
+
+    def state_shapes(self, tx: optax.GradientTransformation) -> State:
+        """Shapes and dtypes of the training state."""
+        params, stats = self.shapes["params"], self.shapes["batch_stats"]
+        return jax.eval_shape(lambda p, s: init_state(self.plan, tx, p, s, self.config.ema), params, stats)
+
+    def load(self) -> tuple[dict, dict, weights.Report | None]:
+        """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
+        key, size = jax.random.key(self.config.seed), self.preprocessing.size
+        if self.card is None:
+            variables, report = models.initialise(self.model, key, size), None
+        else:
+            config = self.config
+            loaded = weights.load(self.card, config.model, self.shapes, config.reset, config.resize)
+            variables = {"params": loaded.params, "batch_stats": loaded.batch_stats}
+            report = loaded.report
+            is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+            new = [p for p, leaf in zip(plans.paths(variables), jax.tree.leaves(variables)) if is_shape(leaf)]
+            fresh = models.initialise(self.model, key, size, only=new)
+            fresh = dict(zip(plans.paths(fresh), jax.tree.leaves(fresh)))
+            leaves, structure = jax.tree.flatten(variables)
+            names = plans.paths(variables)
+            variables = structure.unflatten([fresh.get(n, leaf) for n, leaf in zip(names, leaves)])
+        return variables["params"], variables.get("batch_stats", {}), report
+
+
+def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Experiment:
+    """Resolves a config. Raises UserError for whatever in it does not exist or does not fit."""
+    check(config)
+    card = weights.card(config.weights, config.model) if config.weights else None
+    rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
+    model = models.create(
+        config.model,
+        num_classes,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        axis_name=layout.axis_name if layout else None,
+        **rates,
+    )
+    if card is None:
+        mean, std = DEFAULT_MEAN_STD
+        preprocessing = Preprocessing(models.input_size(config.model), mean, std, "bicubic", 0.875)
+    else:
+        fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(Preprocessing) if f.name != "size"}
+        preprocessing = Preprocessing(size=card.input_size, **fields)
+    shapes = models.shapes(model, size=preprocessing.size)
+    shapes.setdefault("batch_stats", {})
+    rules = strategies.parse(config.strategy)(model.stages)
+    plan = plans.build(rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay)
+    return Experiment(config, model, card, preprocessing, shapes, plan)
+
+
+def classes_without_data(config: ConfigDict) -> int:
+    """The number of classes that the config or the catalogue of data sets tells. Raises UserError."""
+    known = CATALOGUE.get(config.data.source, {}).get("num_classes", 0)
+    if not (config.data.num_classes or known):
+        raise UserError(
+            f"set config.data.num_classes: without the data nothing tells the classes of {config.data.source!r}"
+        )
+    return config.data.num_classes or known
+
+
+def plan_table(experiment: Experiment):
+    """The plan as a table (see tljax.report.table), optimizer bytes by `jax.eval_shape`."""
+    from tljax.report.table import plan_table as table
+
+    plan = experiment.plan
+    tx, _ = experiment.optimizer(10**6, 1.0)  # the bytes do not depend on the length of the run
+    per_leaf, total = optim.state_bytes(tx, plan)
+    totals = {
+        "parameters": sum(leaf.size for leaf in plan.leaves),
+        "trainable": sum(leaf.size for leaf in plan.trainable),
+        "optimizer_bytes": total,
+        "frozen prefix": f"{plan.prefix[0]} … {plan.prefix[-1]}" if plan.prefix else "none",
+        "strategy": experiment.config.strategy,
+        "digest": plan.digest[:16],
+    }
+    return table(plan.rows(per_leaf), totals, plan.rule_counts())
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    import importlib.metadata
+    import platform
+
+    names = ("tljax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def total_steps(config: ConfigDict, examples: int) -> tuple[int, float]:
+    """Returns (steps of the run, steps per epoch)."""
+    per_epoch = examples / config.batch_size
+    total = duration(config.train_for, per_epoch, "train_for")
+    if total < 1:
+        raise UserError(f"config.train_for = {config.train_for!r} is no step at all")
+    return total, per_epoch

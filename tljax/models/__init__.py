@@ -1,0 +1,99 @@
+"""The models by name: create one, know its shapes without computing, initialise only the leaves needed."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from tljax import errors
+from tljax.models import efficientnet, naming, resnet
+from tljax.models.chain import Chain
+
+__all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "shapes"]
+
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def names() -> tuple[str, ...]:
+    """The names of all models."""
+    return (*efficientnet.VARIANTS, *resnet.VARIANTS)
+
+
+def _family(name: str):
+    for family in (efficientnet, resnet):
+        if name in family.VARIANTS:
+            return family
+    raise errors.unknown("model", name, names())
+
+
+def create(
+    name: str, num_classes: int, *, dtype=jnp.float32, param_dtype=jnp.float32, axis_name=None, **overrides
+) -> Chain:
+    """The model called `name`; `dtype` is that of the computation, `axis_name` the axis of a pmap.
+
+    Overrides: drop_rate, drop_path_rate. An unknown name raises UserError.
+    """
+    unknown = set(overrides) - {"drop_rate", "drop_path_rate"}
+    if unknown:
+        raise errors.unknown("model field", min(unknown), ("drop_rate", "drop_path_rate"))
+    return _family(name).create(
+        name, num_classes=num_classes, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name, **overrides
+    )
+
+
+def input_size(name: str) -> int:
+    """Height and width in pixels of the images with which the published network was trained."""
+    return _family(name).VARIANTS[name].size
+
+
+def conversion(name: str) -> dict[str, naming.Table]:
+    """The conversion tables of a model, by the naming of the source."""
+    return _family(name).conversion(name)
+
+
+def _init(model: Chain, key: jax.Array, size: int | None) -> dict:
+    size = size or model.size
+    variables = model.init(key, jnp.zeros((1, size, size, 3)))
+    return {collection: variables.get(collection, {}) for collection in _COLLECTIONS}
+
+
+def _ordered(model: Chain, tree: dict) -> dict:
+    """The tree with its stages from input to output: jax sorts them by name, block10 before block2."""
+    trees = {collection: tree.get(collection, {}) for collection in _COLLECTIONS}
+    return {
+        collection: {stage: tree[stage] for stage in model.stages if stage in tree}
+        for collection, tree in trees.items()
+    }
+
+
+def shapes(model: Chain, size: int | None = None) -> dict:
+    """{"params": ..., "batch_stats": ...} as nested dicts of ShapeDtypeStruct; nothing is computed.
+
+    `size` is the input's height and width in pixels, by default the model's own.
+    """
+    model = model.clone(axis_name=None)  # the axis exists within pmap only, and shapes do not depend on it
+    return _ordered(model, jax.eval_shape(lambda key: _init(model, key, size), jax.random.key(0)))
+
+
+def initialise(
+    model: Chain, key: jax.Array, size: int | None = None, only: Collection[str] | None = None
+) -> dict:
+    """{"params": ..., "batch_stats": ...} with random parameters; a leaf depends on key and path alone.
+
+    `only` names the leaves wanted ("params/head/kernel"): the others are left out of the result and not
+    computed. A path that the model lacks raises UserError.
+    """
+    known = traverse_util.flatten_dict(shapes(model, size), sep="/")
+    wanted = known.keys() if only is None else set(only)
+    for path in sorted(wanted - known.keys()):
+        raise errors.unknown("leaf", path, known)
+    model = model.clone(axis_name=None)
+
+    # Under jit everything that does not lead to a wanted leaf is dead code, the forward pass included.
+    @jax.jit
+    def init(key):
+        leaves = traverse_util.flatten_dict(_init(model, key, size), sep="/")
+        return {path: leaves[path] for path in known if path in wanted}
+
+    return _ordered(model, traverse_util.unflatten_dict(init(key), sep="/"))

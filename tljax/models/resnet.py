@@ -1,0 +1,137 @@
+"""ResNet (He et al. 2015) as v1.5: a bottleneck strides in its 3x3 convolution, as in torchvision."""
+
+import dataclasses
+
+import jax
+from flax import linen as nn
+
+from tljax.models import layers, naming
+from tljax.models.chain import Chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Blocks in each of the layers, whether they are bottlenecks, channels of the first layer."""
+
+    depths: tuple[int, ...]
+    bottleneck: bool
+    width: int = 64
+    size: int = 224
+    norm: str = "batch"
+
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(channels, stride) of each block: a layer doubles the channels and, but for the first, strides."""
+        return tuple(
+            (self.width * 2**layer, 2 if layer and not i else 1)
+            for layer, depth in enumerate(self.depths)
+            for i in range(depth)
+        )
+
+
+VARIANTS = {
+    "resnet18": Variant((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Variant((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Variant((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Variant((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Variant((3, 8, 36, 3), bottleneck=True),
+    # Not published: for tests.
+    "resnet_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32),
+    "groupnorm_tiny": Variant((1, 1, 1), bottleneck=False, width=8, size=32, norm="group"),
+}
+
+
+class Stem(nn.Module):
+    """7x7 convolution, normalisation, ReLU, 3x3 max pool: a quarter of the height and width."""
+
+    common: layers.Common
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
+        """x: [batch, height, width, 3] -> [batch, height / 4, width / 4, features]."""
+        x = layers.Conv(self.common, self.features, 7, 2, padding=3, name="conv1")(x)
+        x = jax.nn.relu(layers.norm(self.common, "bn1")(x, live))
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+class Block(nn.Module):
+    """Residual block: two 3x3 convolutions or, as a bottleneck, 1x1, 3x3, and 1x1 to 4 times the channels."""
+
+    common: layers.Common
+    channels: int
+    stride: int
+    bottleneck: bool
+    drop_path_rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
+        """x: [batch, height, width, in] -> [batch, h, w, channels, or 4 * channels]."""
+        c, n, inputs = self.common, self.channels, x
+        out = 4 * n if self.bottleneck else n
+        if self.bottleneck:
+            convs = ((n, 1, 1), (n, 3, self.stride), (out, 1, 1))
+        else:
+            convs = ((n, 3, self.stride), (n, 3, 1))
+        for i, (features, size, stride) in enumerate(convs, 1):
+            x = jax.nn.relu(x) if i > 1 else x
+            x = layers.Conv(c, features, size, stride, padding=size // 2, name=f"conv{i}")(x)
+            x = layers.norm(c, f"bn{i}")(x, live)
+        if inputs.shape[-1] != out or self.stride != 1:
+            inputs = layers.Conv(c, out, 1, self.stride, padding=0, name="downsample_conv")(inputs)
+            inputs = layers.norm(c, "downsample_bn")(inputs, live)
+        if self.drop_path_rate and "/".join(self.path) in live:
+            x = layers.drop(self, x, self.drop_path_rate, c.axis_name, whole=True)
+        return jax.nn.relu(x + inputs)
+
+
+class ResNet(Chain):
+    """Stages stem, block1, ..., head, the blocks numbered through all layers; symmetric padding."""
+
+    variant: Variant = VARIANTS["resnet50"]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """stem, block1, ..., blockN, head."""
+        return ("stem", *(f"block{i}" for i in range(1, sum(self.variant.depths) + 1)), "head")
+
+    def stage(self, name: str) -> nn.Module:
+        """The module of one stage."""
+        common = layers.Common(
+            self.dtype, self.param_dtype, self.axis_name, norm=self.variant.norm, epsilon=1e-5, momentum=0.9
+        )
+        if name == "stem":
+            return Stem(common, self.variant.width, name=name)
+        if name == "head":
+            return layers.Head(common, self.num_classes, self.drop_rate, name=name)
+        blocks, i = self.variant.blocks(), int(name.removeprefix("block")) - 1
+        channels, stride = blocks[i]
+        drop_path_rate = self.drop_path_rate * i / len(blocks)
+        return Block(common, channels, stride, self.variant.bottleneck, drop_path_rate, name=name)
+
+
+def create(name: str, **fields) -> ResNet:
+    """The network called `name`; without `fields` it drops nothing, as published."""
+    variant = VARIANTS[name]
+    return ResNet(variant=variant, **{"size": variant.size, **fields})
+
+
+def conversion(name: str) -> dict[str, naming.Table]:
+    """The table for torchvision's state dicts, whose blocks are numbered anew in each layer."""
+    depths = VARIANTS[name].depths
+
+    def number(match):
+        layer, i = int(match[1]), int(match[2])
+        return sum(depths[: layer - 1]) + i + 1
+
+    block = r"layer(\d+)\.(\d+)\."
+    rows = [(r"conv1\.weight", "params/stem/conv1/kernel", "conv"), *naming.batch_norm("bn1", "stem/bn1")]
+    for i in (1, 2, 3) if VARIANTS[name].bottleneck else (1, 2):
+        rows.append((rf"{block}conv{i}\.weight", f"params/block{{}}/conv{i}/kernel", "conv"))
+        rows += naming.batch_norm(f"{block}bn{i}", f"block{{}}/bn{i}")
+    rows += [
+        (rf"{block}downsample\.0\.weight", "params/block{}/downsample_conv/kernel", "conv"),
+        *naming.batch_norm(rf"{block}downsample\.1", "block{}/downsample_bn"),
+        (r"fc\.weight", "params/head/kernel", "linear"),
+        (r"fc\.bias", "params/head/bias", "same"),
+    ]
+    return {"torchvision": naming.table(rows, number)}

@@ -1,0 +1,93 @@
+"""The optimizer, derived from the plan: one chain over the trainable leaves, multipliers by label."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tljax.config import duration
+from tljax.errors import UserError
+from tljax.plan import Plan, paths
+
+
+def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine or linear to 0, or constant; a function of the step.
+
+    `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
+    """
+    warmup = duration(config.warmup, steps_per_epoch, "optim.warmup")
+    if warmup >= total_steps:
+        raise UserError(f"config.optim.warmup = {config.warmup!r} is {warmup} steps, the run has {total_steps}")
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(config.lr, total_steps - warmup),
+        "linear": lambda: optax.linear_schedule(config.lr, 0.0, total_steps - warmup),
+        "constant": lambda: optax.constant_schedule(config.lr),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    # The first step has the rate lr/warmup, not 0: no step is spent on nothing.
+    rising = lambda step: config.lr * (step + 1) / warmup
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def scales(plan: Plan, trainable_only: bool = True) -> optax.GradientTransformation:
+    """Multiplies each leaf's update by its multiplier: `multi_transform` over the plan's labels."""
+    labels = plan.tree(lambda leaf: leaf.label, trainable_only)
+    multipliers = {leaf.label: leaf.multiplier for leaf in plan.leaves if leaf.multiplier or not trainable_only}
+    return optax.multi_transform(
+        {label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels
+    )
+
+
+def optimizer(plan: Plan, config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """One chain over the trainable part of the parameters (`plan.split(params)[0]`).
+
+    Clip by the global norm; the core (Adam, Loshchilov & Hutter's AdamW when decayed; SGD with momentum; LAMB,
+    You et al. 2020); decoupled weight decay by the plan's decay flags; the multipliers; the schedule. So decay
+    scales with the multiplier, and there is one clip for everything that trains. `config` is `config.optim`.
+    """
+    adam = lambda eps: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=eps)
+    core, after_decay = {
+        "adamw": (lambda: adam(1e-8), ()),
+        "sgd": (lambda: optax.trace(config.momentum, nesterov=True), ()),
+        "lamb": (lambda: adam(1e-6), (optax.scale_by_trust_ratio(),)),
+    }[config.name]
+    decay = plan.tree(lambda leaf: leaf.decay, trainable_only=True)
+    return optax.chain(
+        *([optax.clip_by_global_norm(config.clip)] if config.clip else []),
+        core(),
+        *([optax.add_decayed_weights(config.weight_decay, decay)] if config.weight_decay else []),
+        *after_decay,
+        scales(plan),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def freeze(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformation:
+    """`tx` over the whole tree with the plan applied, for training loops of one's own.
+
+    The updates of frozen leaves are 0 and those of the others scaled by their multiplier; `tx` sees, and keeps
+    state for, the trainable leaves alone. (Differentiating only `plan.split(params)[0]` saves more: then the
+    frozen gradients are never computed.)
+    """
+    groups = plan.tree(lambda leaf: "train" if leaf.multiplier else "frozen")
+    return optax.chain(
+        optax.multi_transform({"train": tx, "frozen": optax.set_to_zero()}, groups),
+        scales(plan, trainable_only=False),
+    )
+
+
+def state_bytes(tx: optax.GradientTransformation, plan: Plan) -> tuple[dict[str, int], int]:
+    """Returns ({leaf path: bytes of its optimizer state}, total bytes), from shapes alone."""
+    trainable = plan.tree(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trainable_only=True)
+    state = jax.eval_shape(tx.init, trainable)
+    per_leaf = {leaf.path: 0 for leaf in plan.trainable}
+    total = 0
+    for path, value in zip(paths(state), jax.tree.leaves(state)):
+        nbytes = value.size * jnp.dtype(value.dtype).itemsize
+        total += nbytes
+        # A moment's path ends with its leaf's; the longest such leaf owns it ("a/bias" against "bias").
+        owners = [p for p in per_leaf if path == p or path.endswith("/" + p)]
+        if owners:
+            per_leaf[max(owners, key=len)] += nbytes
+    return per_leaf, total

@@ -1,0 +1,173 @@
+"""Where things live: the mesh, the placement of state and batches, and the compiled steps (jit or pmap)."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tljax.errors import UserError
+
+Tree = Any
+BATCH = ("data", "fsdp")  # a batch is spread over every device
+AXIS = "devices"  # the axis name under pmap
+FSDP_LEAST = 2**14  # values; smaller leaves stay whole: gathering them costs more than it saves
+
+
+def start() -> None:
+    """What comes before the first use of a device: the compilation cache, and joining the other processes."""
+    if int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1:
+        # With fewer threads than fake CPU devices their collectives can wait for each other for ever.
+        os.environ.setdefault("PJRT_NPROC", "16")
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "tljax", "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    join()
+
+
+def join() -> None:
+    """Joins the other processes where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if os.environ.get(name)]
+    if not given:
+        return
+    if len(given) < len(names):
+        raise UserError(f"{', '.join(given)} set, but not {', '.join(set(names) - set(given))}: set all or none")
+    address, count, index = (os.environ[name] for name in names)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: expected 0 <= id < number")
+    try:
+        jax.distributed.initialize(address, int(count), int(index))
+    except RuntimeError as error:
+        raise UserError(f"cannot join the other processes at {address}: {' '.join(str(error).split())}") from error
+
+
+class Layout:
+    """The devices of a run (all, or the first `devices`) and how arrays lie on them, from `config.parallel`.
+
+    Raises UserError where the sizes do not divide.
+    """
+
+    def __init__(self, config: ConfigDict, batch_size: int, accumulate: int = 1, devices: int | None = None):
+        self.mode = config.mode
+        self.devices = jax.devices()[:devices]
+        self.local = [d for d in self.devices if d.process_index == jax.process_index()]
+        count = len(self.devices)
+        if count % config.fsdp:
+            raise UserError(f"config.parallel.fsdp = {config.fsdp} does not divide the {count} devices")
+        if self.mode == "pmap" and config.fsdp > 1:
+            raise UserError("config.parallel.fsdp needs config.parallel.mode = 'jit'")
+        if batch_size % (count * accumulate):
+            raise UserError(
+                f"config.batch_size = {batch_size} is not divisible by {count} devices"
+                + (f" × {accumulate} parts of config.optim.accumulate" if accumulate > 1 else "")
+            )
+        self.mesh = Mesh(np.array(self.devices).reshape(-1, config.fsdp), BATCH)
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH))
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis over which modules and the step reduce by hand: only under pmap."""
+        return AXIS if self.mode == "pmap" else None
+
+    def shardings(self, tree: Tree) -> Tree:
+        """Replicated; under FSDP the largest divisible dimension of each large leaf is laid over `fsdp`."""
+        size = self.mesh.shape["fsdp"]
+
+        def sharding(leaf):
+            dims = [d for d in np.argsort(leaf.shape)[::-1] if leaf.shape[d] % size == 0]
+            if size == 1 or leaf.size < FSDP_LEAST or not dims:
+                return self.replicated
+            spec = [None] * leaf.ndim
+            spec[dims[0]] = "fsdp"
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+        return jax.tree.map(sharding, tree)
+
+    def abstract(self, tree: Tree) -> Tree:
+        """Shapes, dtypes and shardings of a state, for compiling and restoring; under pmap unplaced."""
+        if self.mode == "pmap":
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self.shardings(tree))
+
+    def place(self, tree: Tree) -> Tree:
+        """Puts a state on the devices, as buffers of its own (they are donated to the step)."""
+        if self.mode == "pmap":
+            return jax.tree.map(lambda x: jax.device_put(x, may_alias=False), tree)
+        return jax.tree.map(lambda x, s: jax.device_put(x, s, may_alias=False), tree, self.shardings(tree))
+
+    def place_batch(self, batch: dict) -> dict:
+        """Puts this process's part of a batch on its devices."""
+        if self.mode == "pmap":
+            return {k: v.reshape(len(self.local), -1, *v.shape[1:]) for k, v in batch.items()}
+        return {k: jax.make_array_from_process_local_data(self.batch, v) for k, v in batch.items()}
+
+    def abstract_batch(self, batch_size: int, size: int, **more: tuple) -> dict:
+        """Shapes of a placed batch of uint8 images and int32 labels."""
+        shapes = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32), **more}
+        if self.mode == "pmap":
+            local, b = len(self.local), batch_size // len(self.devices)
+            return {k: jax.ShapeDtypeStruct((local, b, *s[1:]), d) for k, (s, d) in shapes.items()}
+        return {k: jax.ShapeDtypeStruct(s, d, sharding=self.batch) for k, (s, d) in shapes.items()}
+
+    def compile_train(self, train_step, state: Tree, batch: dict):
+        """Compiles `train_step(state, batch) -> (state, metrics)`; the state is donated."""
+        if self.mode == "pmap":
+            step = jax.pmap(
+                train_step,
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=(None, None),
+                donate_argnums=(0,),
+                devices=self.devices,
+            )
+        else:
+            shardings = self.shardings(state)
+            step = jax.jit(
+                train_step,
+                in_shardings=(shardings, self.batch),
+                out_shardings=(shardings, self.replicated),
+                donate_argnums=(0,),
+            )
+        return step.lower(self.abstract(state), batch).compile()
+
+    def compile_predict(self, predict_step):
+        """Jits `predict_step(params, stats, images) -> logits`; logits come back whole on every process."""
+        if self.mode == "pmap":
+            return jax.pmap(
+                lambda *args: jax.lax.all_gather(predict_step(*args), AXIS, tiled=True),
+                axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, devices=self.devices,
+            )  # fmt: skip
+        return jax.jit(predict_step, out_shardings=self.replicated)
+
+    def to_host(self, tree: Tree) -> Tree:
+        """The whole arrays as numpy, also where a leaf is laid over several devices or processes."""
+        if jax.process_count() > 1 and self.mode == "jit":
+            shards = lambda x: isinstance(x, jax.Array) and not x.is_fully_replicated
+            if any(map(shards, jax.tree.leaves(tree))):
+                tree = jax.jit(lambda t: t, out_shardings=self.replicated)(tree)
+        return jax.tree.map(np.asarray, tree)
+
+
+def memory_peak() -> int:
+    """Bytes: the largest device's peak where the backend tells it, else the process's peak resident size."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cost(compiled) -> dict[str, float]:
+    """What the compiler says of a step: {"flops_per_step": of one device, "temporary_bytes": its scratch memory}."""
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    analysis = analysis[0] if isinstance(analysis, list | tuple) else analysis or {}
+    return {
+        "flops_per_step": float(analysis.get("flops", 0)),
+        "temporary_bytes": int(getattr(memory, "temp_size_in_bytes", 0)),
+    }

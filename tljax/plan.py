@@ -1,0 +1,289 @@
+"""The plan: rules resolved against the parameters' shapes. What trains, and all that follows from it.
+
+A plan serves any pytree of parameters whose leaves have a shape and a dtype: nothing here knows flax.
+`python -m tljax.plan --config=…` prints the plan of an experiment, without weights and without data.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax.errors import UserError, listing, nearest
+
+Tree = Any
+NO_DECAY = ("**/bias", "**/scale", "**/position*")
+
+
+@functools.cache
+def pattern_regex(pattern: str) -> re.Pattern:
+    """Compiles a rule's pattern.
+
+    A glob over the path: `*` stays within one key, `**` spans keys, and naming a node names all below it
+    (`block3` is `block3/**`). A leading `**/` also matches at the root. `re:…` is a regular expression for
+    the whole path. Raises UserError where the expression is malformed.
+    """
+    try:
+        if pattern.startswith("re:"):
+            return re.compile(pattern[3:])
+        glob = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+        return re.compile(glob.replace(r"\?", "[^/]") + "(?:/.*)?")
+    except re.error as error:
+        raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the pattern covers the whole path."""
+    return pattern_regex(pattern).fullmatch(path) is not None
+
+
+def paths(tree: Tree) -> tuple[str, ...]:
+    """The path of every leaf, in the order of `jax.tree.leaves`: keys joined by `/`."""
+    return tuple(
+        jax.tree_util.keystr(keys, simple=True, separator="/")
+        for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter as the plan sees it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    multiplier: float  # of the learning rate; 0 is frozen
+    decay: bool  # whether weight decay applies
+    rule: int  # index of the rule that decided
+
+    @property
+    def stage(self) -> str:
+        """The top-level key."""
+        return self.path.split("/")[0]
+
+    @property
+    def label(self) -> str:
+        """The optax label: leaves with one multiplier share it."""
+        return f"x{self.multiplier:.17g}" if self.multiplier else "frozen"
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rules resolved against parameters: per leaf a multiplier, a label and a decay flag; made by `build`."""
+
+    stages: tuple[str, ...]
+    rules: tuple[tuple[str, float], ...]
+    leaves: tuple[Leaf, ...]
+    structure: Any  # treedef of the parameters
+    stats: tuple[tuple[str, int], ...]  # (path, number of values) of the normalisation statistics
+
+    @property
+    def trainable(self) -> tuple[Leaf, ...]:
+        """The leaves with a multiplier above 0."""
+        return tuple(leaf for leaf in self.leaves if leaf.multiplier)
+
+    def tree(self, of: Callable[[Leaf], Any], trainable_only: bool = False) -> Tree:
+        """A tree like the parameters that holds `of(leaf)`; frozen ones are None with `trainable_only`."""
+        return self.structure.unflatten(
+            [None if trainable_only and not leaf.multiplier else of(leaf) for leaf in self.leaves]
+        )
+
+    def split(self, tree: Tree) -> tuple[Tree, Tree]:
+        """Parts a tree like the parameters into (trainable, frozen); absent leaves are None, hence no leaves.
+
+        Raises UserError where the tree is not the one that the plan was made for.
+        """
+        values = self._flatten(tree)
+        return (
+            self.structure.unflatten([v if leaf.multiplier else None for leaf, v in zip(self.leaves, values)]),
+            self.structure.unflatten([None if leaf.multiplier else v for leaf, v in zip(self.leaves, values)]),
+        )
+
+    def merge(self, trainable: Tree, frozen: Tree) -> Tree:
+        """The inverse of `split`."""
+        is_none = lambda x: x is None
+        return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=is_none)
+
+    def _flatten(self, tree: Tree) -> list:
+        values, structure = jax.tree.flatten(tree)
+        if structure != self.structure:
+            have, want = set(paths(tree)), {leaf.path for leaf in self.leaves}
+            raise UserError(
+                f"the tree is not the plan's: missing {listing(sorted(want - have)) or 'nothing'}; "
+                f"unexpected {listing(sorted(have - want)) or 'nothing'}"
+            )
+        return values
+
+    @functools.cached_property
+    def live_stages(self) -> tuple[str, ...]:
+        """The stages in which something trains."""
+        live = {leaf.stage for leaf in self.trainable}
+        return tuple(stage for stage in self.stages if stage in live)
+
+    @functools.cached_property
+    def live_norms(self) -> frozenset[str]:
+        """Module paths of the norms whose stored statistics move: those of which a parameter trains.
+
+        A norm that has statistics but no parameters of its own follows its stage.
+        """
+        live = set()
+        for norm in {path.rpartition("/")[0] for path, _ in self.stats}:
+            own = [leaf for leaf in self.leaves if leaf.path.startswith(norm + "/")]
+            if any(leaf.multiplier for leaf in own) or (not own and norm.split("/")[0] in self.live_stages):
+                live.add(norm)
+        return frozenset(live)
+
+    @property
+    def live(self) -> frozenset[str]:
+        """What runs in training mode, as models take it: live stages and live norms, by module path."""
+        return self.live_norms | frozenset(self.live_stages)
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The frozen prefix: the stages from the input on that nothing trainable influences."""
+        return self.stages[: self.stages.index(self.live_stages[0])]
+
+    def frozen_values(self, params: Tree, stats: Tree) -> dict[str, Any]:
+        """Every frozen leaf and every stored statistic that does not move, by `params/…` or `batch_stats/…`."""
+        frozen = {
+            f"params/{leaf.path}": value
+            for leaf, value in zip(self.leaves, self._flatten(params))
+            if not leaf.multiplier
+        }
+        for path, value in zip(paths(stats), jax.tree.leaves(stats)):
+            if path.rpartition("/")[0] not in self.live_norms:
+                frozen[f"batch_stats/{path}"] = value
+        return frozen
+
+    @property
+    def frozen_count(self) -> int:
+        """How many values are frozen: parameters and the statistics that do not move."""
+        still = sum(size for path, size in self.stats if path.rpartition("/")[0] not in self.live_norms)
+        return still + sum(leaf.size for leaf in self.leaves if not leaf.multiplier)
+
+    def frozen_digests(self, params: Tree, stats: Tree) -> dict[str, str]:
+        """SHA-256 of the bytes of every frozen value, by path: equal digests are equal bits."""
+        return {
+            path: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            for path, value in self.frozen_values(params, stats).items()
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf."""
+        return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves})
+
+    def rule_counts(self) -> list[tuple[str, float, int]]:
+        """(pattern, multiplier, number of leaves decided) of every rule."""
+        counts = [0] * len(self.rules)
+        for leaf in self.leaves:
+            counts[leaf.rule] += 1
+        return [(pattern, multiplier, n) for (pattern, multiplier), n in zip(self.rules, counts)]
+
+    def rows(self, optimizer_bytes: dict[str, int] | None = None) -> list[dict]:
+        """A row a stage for the plan's table; `optimizer_bytes` is {leaf path: bytes of its moments}."""
+        rows = []
+        for stage in self.stages:
+            leaves = [leaf for leaf in self.leaves if leaf.stage == stage]
+            norms = {p.rpartition("/")[0] for p, _ in self.stats if p.split("/")[0] == stage}
+            moving = len(norms & self.live_norms)
+            live = [leaf for leaf in leaves if leaf.multiplier]
+            decayed = sum(leaf.decay for leaf in live)
+            rows.append(
+                {
+                    "stage": stage,
+                    "parameters": sum(leaf.size for leaf in leaves),
+                    "trainable": sum(leaf.size for leaf in live),
+                    "multiplier": _span([leaf.multiplier for leaf in leaves]),
+                    "decay": "no" if not decayed else "yes" if decayed == len(live) else "some",
+                    "norm": "-"
+                    if not norms
+                    else ("stored" if not moving else "moving" if moving == len(norms) else "some moving"),
+                    "optimizer_bytes": sum((optimizer_bytes or {}).get(leaf.path, 0) for leaf in leaves),
+                }
+            )
+        return rows
+
+
+def combined(digests: dict[str, str]) -> str:
+    """One SHA-256 over named digests."""
+    return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(digests.items())).encode()).hexdigest()
+
+
+def _span(values: Iterable[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
+
+
+def build(
+    rules: Iterable[tuple[str, float]],
+    params: Tree,
+    stats: Tree = None,
+    stages: tuple[str, ...] | None = None,
+    no_decay: tuple[str, ...] = NO_DECAY,
+) -> Plan:
+    """Resolves ordered rules against parameters: the first rule that matches a path decides.
+
+    `params` and `stats` are trees of arrays or of shapes (`jax.ShapeDtypeStruct`); `stages` are their
+    top-level keys from input to output (by default in the tree's order). Weight decay leaves out what
+    `no_decay` matches and every leaf of fewer than two dimensions.
+
+    Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains.
+    """
+    rules = tuple(rules)
+    names, shapes = paths(params), jax.tree.leaves(params)
+    if stages is None:
+        stages = tuple(dict.fromkeys(name.split("/")[0] for name in names))
+    leaves, unmatched = [], []
+    for name, shape in zip(names, shapes):
+        rule = next((i for i, (pattern, _) in enumerate(rules) if matches(pattern, name)), None)
+        if rule is None:
+            unmatched.append(name)
+            continue
+        decay = len(shape.shape) >= 2 and not any(matches(pattern, name) for pattern in no_decay)
+        leaves.append(Leaf(name, tuple(shape.shape), np.dtype(shape.dtype), float(rules[rule][1]), decay, rule))
+    if unmatched:
+        raise UserError(f"no rule matches {listing(unmatched)}: end the rules with ('**', 0) to freeze the rest")
+    idle = [rules[i][0] for i in range(len(rules)) if i not in {leaf.rule for leaf in leaves}]
+    for pattern in idle:
+        if any(matches(pattern, name) for name in names):
+            raise UserError(f"rule {pattern!r} decides nothing: earlier rules match every path that it matches")
+        raise UserError(f"rule {pattern!r} matches no parameter{nearest(pattern, (*stages, *names))}")
+    if not any(leaf.multiplier for leaf in leaves):
+        raise UserError("everything is frozen: no rule gives a multiplier above 0")
+    sizes = tuple((p, math.prod(s.shape)) for p, s in zip(paths(stats), jax.tree.leaves(stats)))
+    return Plan(tuple(stages), rules, tuple(leaves), jax.tree.structure(params), sizes)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the plan of an experiment: a row a stage, totals, and what each rule decided."""
+    from tljax import experiment
+    from tljax.config import from_command_line
+    from tljax.report.console import Console
+
+    config = from_command_line(argv, main.__doc__).config
+    Console().plan(experiment.plan_table(experiment.build(config, experiment.classes_without_data(config))))
+    return 0
+
+
+if __name__ == "__main__":
+    from tljax.config import run
+    from tljax.plan import main as packaged_main  # so that classes are those of the package, not of __main__
+
+    run(packaged_main)

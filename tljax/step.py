@@ -1,0 +1,126 @@
+"""The pure steps: one update of the trainable leaves, and logits of a batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tljax.plan import Plan
+
+Tree = Any
+
+
+class State(NamedTuple):
+    """Everything that a step changes. `params` is one whole tree, whatever is frozen."""
+
+    step: jax.Array  # int32, updates done
+    params: Tree
+    stats: Tree  # stored normalisation statistics
+    optimizer: Tree  # over the trainable leaves alone
+    average: Tree  # moving average {"params": trainable part, "stats": …}, or None
+
+
+def init_state(plan: Plan, tx: optax.GradientTransformation, params: Tree, stats: Tree, ema: float) -> State:
+    """The state before the first step."""
+    trainable, _ = plan.split(params)
+    # The average starts as a copy: the state is donated, and one buffer cannot be donated twice.
+    average = jax.tree.map(jnp.copy, {"params": trainable, "stats": stats}) if ema else None
+    return State(jnp.zeros((), jnp.int32), params, stats, tx.init(trainable), average)
+
+
+def evaluated(state: State, plan: Plan) -> tuple[Tree, Tree]:
+    """The (params, stats) that evaluation uses: the moving average where there is one."""
+    if state.average is None:
+        return state.params, state.stats
+    _, frozen = plan.split(state.params)
+    return plan.merge(state.average["params"], frozen), state.average["stats"]
+
+
+def normalise(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+    """uint8 images [batch, height, width, 3] to floats of the weights' mean and std (on the 0–1 scale)."""
+    mean, std = (255 * jnp.array(v, jnp.float32) for v in (mean, std))
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def make_train_step(
+    model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int, smoothing: float = 0.0,
+    mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1, seed: int = 0,
+    axis_name: str | None = None,
+):  # fmt: skip
+    """Returns `train_step(state, batch) -> (state, metrics)`, pure and with global semantics.
+
+    `batch` is {"image": uint8 [batch, height, width, 3], "label": int32 [batch]}; metrics are the scalars
+    loss, accuracy and grad_norm (of the trainable leaves, before clipping). Only the trainable leaves are
+    differentiated. Randomness is a function of (seed, step). With `axis_name` the step is one device's part
+    under `jax.pmap`, and gives what the global program under `jax.jit` gives.
+    """
+    from tljax.data.mix import mix, soft_targets
+
+    def loss_fn(trainable, frozen, stats, images, targets, key):
+        variables = {"params": plan.merge(trainable, frozen), "batch_stats": stats}
+        logits, moved = model.apply(variables, images, live=plan.live, rngs={"dropout": key}, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (moved.get("batch_stats", stats), logits)
+
+    def gradients(state, images, targets, labels, key):
+        trainable, frozen = plan.split(state.params)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def part(stats, inputs):
+            images, targets, labels, key = inputs
+            (loss, (stats, logits)), grads = grad_fn(trainable, frozen, stats, images, targets, key)
+            return stats, (grads, loss, (logits.argmax(-1) == labels).mean())
+
+        if accumulate == 1:
+            return part(state.stats, (images, targets, labels, key))
+        # Example i goes to part i mod n, so that each part is spread evenly over the devices.
+        parts = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        inputs = (parts(images), parts(targets), parts(labels), jax.random.split(key, accumulate))
+        # Sums in the carry: one gradient is held, not one a part.
+        shapes = jax.eval_shape(part, state.stats, jax.tree.map(lambda x: x[0], inputs))[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(carry, inputs):
+            stats, total = carry
+            stats, new = part(stats, inputs)
+            return (stats, jax.tree.map(jnp.add, total, new)), None
+
+        (stats, total), _ = jax.lax.scan(add, (state.stats, zeros), inputs)
+        return stats, jax.tree.map(lambda x: x / accumulate, total)
+
+    def train_step(state: State, batch: dict) -> tuple[State, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mix_key, dropout_key = jax.random.split(key)
+        labels = batch["label"]
+        images = normalise(batch["image"], mean, std)
+        targets = soft_targets(labels, num_classes, smoothing)
+        if mixup or cutmix:
+            images, targets = mix(mix_key, images, targets, mixup=mixup, cutmix=cutmix)
+        stats, (grads, loss, accuracy) = gradients(state, images, targets, labels, dropout_key)
+        if axis_name is not None:
+            grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), axis_name)
+        trainable, frozen = plan.split(state.params)
+        updates, optimizer = tx.update(grads, state.optimizer, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        average = state.average
+        if ema:
+            # The rate rises from 0 as (1 + t) / (10 + t) so that the first weights are soon forgotten.
+            t = state.step.astype(jnp.float32)
+            rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
+            average = optax.incremental_update({"params": trainable, "stats": stats}, average, rate)
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
+        params = plan.merge(trainable, frozen)
+        return State(state.step + 1, params, stats, optimizer, average), metrics
+
+    return train_step
+
+
+def make_predict_step(model, *, mean, std):
+    """Returns `predict_step(params, stats, images uint8 [batch, height, width, 3]) -> logits float32`."""
+
+    def predict_step(params, stats, images):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, normalise(images, mean, std))
+
+    return predict_step

@@ -1,0 +1,386 @@
+"""Transfers a pre-trained network to a new task: `python -m tljax.train --config=configs/partial.py`.
+
+Reads top to bottom: config, data, model and plan by shapes, weights, optimizer, state, one compiled step, the loop,
+and the final figures from the best checkpoint.
+"""
+
+import time
+
+STARTED = time.time()
+
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import signal  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from tljax import config as configs  # noqa: E402
+from tljax import data, experiment, optim, parallel  # noqa: E402
+from tljax import plan as plans  # noqa: E402
+from tljax.checkpoint import UNRATED, Checkpoints  # noqa: E402
+from tljax.errors import UserError, listing  # noqa: E402
+from tljax.evaluate import Evaluator  # noqa: E402
+from tljax.report import metrics  # noqa: E402
+from tljax.report.console import Console, quiet_libraries  # noqa: E402
+from tljax.step import State, evaluated, init_state, make_train_step  # noqa: E402
+from tljax.workdir import Workdir  # noqa: E402
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+def main(argv: list[str]) -> int:
+    """Trains an experiment and leaves its figures, pictures and checkpoints in a workdir."""
+    where = "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there"
+    flags = configs.from_command_line(argv, main.__doc__, workdir=where)
+    quiet_libraries()
+    configs.check(flags.config)
+    parallel.start()
+    first = jax.process_index() == 0
+    path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
+    run = Run(flags.config, Workdir(path, writes=first), Console(enabled=first))
+    return run.train()
+
+
+class Run:
+    """One training run, in the order in which things happen."""
+
+    def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
+        self.config, self.workdir, self.console = config, workdir, console
+        self.seconds = {"start": time.time() - STARTED}
+        self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
+
+    @contextlib.contextmanager
+    def clock(self, part: str):
+        """Adds the time spent inside to the part's."""
+        begun = time.time()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.time() - begun
+
+    def train(self) -> int:
+        """Returns the exit code: 0, or 143 where SIGTERM stopped the run."""
+        config = self.config
+        self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
+        with self.clock("data"):
+            self.dataset = data.load(config.data)
+        self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
+        self.plan = self.exp.plan
+        self.total, self.per_epoch = experiment.total_steps(config, len(self.dataset.train))
+        tx, self.schedule = self.exp.optimizer(self.total, self.per_epoch)
+
+        self.workdir.claim(config)
+        finished = self.workdir.summary()
+        if finished:
+            self.console.final(finished)
+            self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
+            return 0
+        table = experiment.plan_table(self.exp)
+        self.optimizer_bytes = optim.state_bytes(tx, self.plan)[1]
+        self.workdir.write("plan.txt", f"{table}\n")
+        self.header()
+        self.console.plan(table)
+
+        self.checkpoints = Checkpoints(self.workdir.path / "checkpoints")
+        like = self.layout.abstract(self.exp.state_shapes(tx))
+        latest = self.checkpoints.latest()
+        with self.clock("weights"):
+            state = self.begin(tx) if latest is None else self.resume(latest, like)
+        with self.clock("compile"):
+            self.compile(tx, like)
+        self.evaluate = Evaluator(self.exp, self.layout)
+        self.workdir.rewind(int(state.step))
+        state = self.fit(state)
+        if int(state.step) < self.total and not self.ended_early():
+            self.console.print(
+                f"stopped by SIGTERM at step {int(state.step)}, saved; the same command goes on from there"
+            )
+            return TERMINATED
+        self.conclude(state, like)
+        return 0
+
+    def header(self) -> None:
+        """Says what the run stands on."""
+        card, dataset, devices = self.exp.card, self.dataset, jax.devices()
+        self.console.header(
+            {
+                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.config.parallel.mode})",
+                "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
+                "weights": f"{card.name}: {card.trained_on}, licence {card.licence}" if card else "none: random",
+                "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
+                "workdir": str(self.workdir.path),
+            }
+        )
+
+    # ---- the state
+
+    def begin(self, tx) -> State:
+        """The state before the first step: loaded weights, a fresh head."""
+        params, stats, report = self.exp.load()
+        if report is not None:
+            self.console.print(report.line())
+        self.notes = {
+            "step": 0, "best": None, "since_best": 0, "pending": [],
+            "classes": list(self.dataset.classes), "examples": len(self.dataset.train),
+            "data": self.dataset.digest, "frozen": self.plan.frozen_digests(params, stats),
+        }  # fmt: skip
+        return self.layout.place(
+            jax.jit(init_state, static_argnums=(0, 1, 4))(self.plan, tx, params, stats, self.config.ema)
+        )
+
+    def resume(self, step: int, like: State) -> State:
+        """The state of a checkpoint, and what the run knew then. Raises UserError where something has changed."""
+        self.notes = self.checkpoints.notes(step)
+        if self.notes["data"] != self.dataset.digest:
+            raise UserError(f"the data are not those that {self.workdir.path} was begun with")
+        state = self.checkpoints.restore(step, like)
+        self.verify(state)
+        self.console.print(f"resumed from step {step}; the frozen values are those of the start")
+        return state
+
+    def verify(self, state: State) -> None:
+        """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
+        params, stats = self.layout.to_host((state.params, state.stats))
+        now = self.plan.frozen_digests(params, stats)
+        moved = sorted(path for path, digest in self.notes["frozen"].items() if now.get(path) != digest)
+        if moved:
+            raise UserError(f"frozen values have changed by step {int(state.step)}: {listing(moved)}")
+
+    def save(self, state: State, score: float) -> None:
+        """Begins to save a checkpoint, after proving that what is frozen has stayed."""
+        with self.clock("checkpoints"):
+            self.verify(state)
+            self.notes["step"] = int(state.step)
+            self.checkpoints.save(int(state.step), state, self.notes, score)
+
+    def compile(self, tx, like: State) -> None:
+        """Compiles the one train step, and asks the compiler what it costs."""
+        config, p = self.config, self.exp.preprocessing
+        step = make_train_step(
+            self.exp.model, self.plan, tx, mean=p.mean, std=p.std, num_classes=len(self.dataset.classes),
+            smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
+            ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=self.layout.axis_name,
+        )  # fmt: skip
+        batch = self.layout.abstract_batch(config.batch_size, p.size)
+        self.train_step = self.layout.compile_train(step, like, batch)
+
+    # ---- the loop
+
+    def fit(self, state: State) -> State:
+        """Runs the steps that are left, or up to SIGTERM or early stopping."""
+        config, p, start = self.config, self.exp.preprocessing, int(state.step)
+        every = {
+            name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
+            for name in ("log", "eval", "checkpoint")
+        }
+        batches = data.train_batches(
+            self.dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start, stop_step=self.total,
+            size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
+            threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
+        )  # fmt: skip
+        pending = self.notes["pending"]  # metrics of the steps since the last row
+        with (
+            Termination() as stop,
+            self.console.progress(self.total, start, every["log"]) as bar,
+            contextlib.closing(batches),
+        ):
+            begun, counted = time.time(), 0
+            for step, batch in enumerate(batches, start + 1):
+                if self.ended_early():
+                    break
+                state, measured = self.train_step(state, self.layout.place_batch(batch))
+                pending.append(measured)
+                counted += 1
+                if step == start + 1:
+                    jax.block_until_ready(measured)
+                    self.first_step = round(time.time() - STARTED, 2)
+                    begun, counted = time.time(), 0  # what follows is the steady pace
+                due = {name for name, n in every.items() if step % n == 0 or step == self.total}
+                stopping = self.checkpoints.preempted(step) if jax.process_count() > 1 else stop.received
+                if not (due or stopping):
+                    continue
+                pending[:] = self.fetched(pending, step)
+                spent = time.time() - begun
+                self.seconds["train"] = self.seconds.get("train", 0.0) + spent
+                speed = config.batch_size * counted / max(spent, 1e-9)
+                if "log" in due:
+                    row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
+                    pending.clear()
+                    self.log(step, {f"train/{k}": v for k, v in row.items()} | {
+                        "lr": float(self.schedule(step - 1)), "images_per_second": round(speed, 1),
+                    })  # fmt: skip
+                    bar.update(step, row, speed)
+                score, better = self.assess(step, state) if "eval" in due else (UNRATED, False)
+                if stopping or better or "checkpoint" in due:
+                    self.save(state, score)
+                if stopping:
+                    break
+                begun, counted = time.time(), 0
+        with self.clock("checkpoints"):
+            self.checkpoints.wait()
+        return state
+
+    def fetched(self, pending: list[dict], step: int) -> list[dict]:
+        """The pending metrics as floats. Raises UserError at the first loss that is not finite."""
+        pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending)]
+        for at, m in enumerate(pending, step - len(pending) + 1):
+            if not math.isfinite(m["loss"]):
+                self.checkpoints.wait()
+                last = self.checkpoints.latest()
+                raise UserError(
+                    f"the loss is {m['loss']} at step {at}; the last good checkpoint is "
+                    + (f"step {last} in {self.workdir.path}" if last is not None else "none")
+                    + f"; try a smaller config.optim.lr than {self.config.optim.lr:g}, a longer config.optim.warmup, "
+                    "or a config.optim.clip"
+                )
+        return pending
+
+    def assess(self, step: int, state: State) -> tuple[float, bool]:
+        """Evaluates on val. Returns (the score, lower is better, and whether it is the best so far)."""
+        if not len(self.dataset.val):
+            return UNRATED, False
+        with self.clock("eval"):
+            found = self.figures(*evaluated(state, self.plan), self.dataset.val)
+        self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
+        value = found[self.config.select.removeprefix("val/")]
+        score = value if self.config.select == "val/nll" else -value
+        best = self.notes["best"]
+        better = best is None or score < best["score"]
+        if better:
+            epoch = round(step / self.per_epoch, 3)
+            best = {"step": step, "epoch": epoch, "metric": self.config.select, "value": value, "score": score}
+            self.notes |= {"best": best, "since_best": 0}
+        else:
+            self.notes["since_best"] += 1
+        self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)
+        return score, better
+
+    def ended_early(self) -> bool:
+        """Whether the evaluations have stopped improving for as long as the config bears."""
+        return 0 < self.config.early_stop <= self.notes["since_best"]
+
+    def figures(self, params, stats, split: data.Split) -> dict:
+        """The figures of a split."""
+        logits = self.evaluate(params, stats, split)
+        return metrics.classification(logits, split.labels, self.dataset.classes, self.dataset.coarse)
+
+    def log(self, step: int, row: dict) -> None:
+        """A row of metrics."""
+        self.workdir.log({"step": step, "epoch": round(step / self.per_epoch, 4)} | row)
+
+    # ---- the end
+
+    def conclude(self, state: State, like: State) -> None:
+        """Evaluates the best checkpoint on the whole test split; writes the summary, the pictures and the page."""
+        from tljax.report import pictures
+
+        steps = int(state.step)
+        self.verify(state)
+        best = self.notes["best"]
+        if best is not None and best["step"] != steps:
+            del state  # its memory is wanted
+            state = self.checkpoints.restore(best["step"], like)
+            self.verify(state)
+        self.checkpoints.close()
+        params, stats = evaluated(state, self.plan)
+        found, logits = {}, None
+        with self.clock("eval"):
+            for name, split in (("val", self.dataset.val), ("test", self.dataset.test)):
+                if len(split):
+                    logits = self.evaluate(params, stats, split)
+                    found[name] = metrics.classification(
+                        logits, split.labels, self.dataset.classes, self.dataset.coarse
+                    )
+        if not self.workdir.writes:
+            return
+        with self.clock("report"):
+            path, shown = self.workdir.path, next((s for s in ("test", "val") if s in found), None)
+            pictures.curves(self.workdir.rows(), path / "curves.png", best["step"] if best else None)
+            if shown:
+                pictures.confusion(found[shown]["confusion"], self.dataset.classes, path / "confusion.png")
+                pictures.mistakes(self.mistakes(logits, getattr(self.dataset, shown)), path / "mistakes.png")
+        summary = self.summary(steps, best, found)
+        self.workdir.close()
+        self.workdir.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        from tljax.report.page import html
+
+        html(self.workdir.path)
+        self.console.final(summary)
+        self.console.print(f"everything is in {path}; open {path / 'report.html'}")
+
+    def mistakes(self, logits: np.ndarray, split: data.Split, most: int = 24) -> list[dict]:
+        """The examples that the network got wrong with the greatest confidence."""
+        from tljax.data.transforms import resize_and_centre_crop
+
+        p, classes = self.exp.preprocessing, self.dataset.classes
+        probabilities = metrics.softmax(logits)
+        guess, sure = probabilities.argmax(-1), probabilities.max(-1)
+        wrong = np.flatnonzero(guess != split.labels)
+        return [
+            {
+                "image": resize_and_centre_crop(split[i][0], p.size, p.crop, p.interpolation),
+                "label": classes[split.labels[i]],
+                "guess": classes[guess[i]],
+                "confidence": float(sure[i]),
+                "name": split.name(i),
+            }  # fmt: skip
+            for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]
+        ]
+
+    def summary(self, steps: int, best: dict | None, found: dict) -> dict:
+        """All final figures, and what they depend on."""
+        config, plan, card, dataset = self.config, self.plan, self.exp.card, self.dataset
+        row = [r["images_per_second"] for r in self.workdir.rows() if "images_per_second" in r]
+        return {
+            "name": config.name, "seed": config.seed, "model": config.model,
+            "weights": {"name": card.name, "licence": card.licence, "origin": card.origin} if card else None,
+            "data": {
+                "name": dataset.name, "licence": dataset.licence, "origin": dataset.origin,
+                "classes": len(dataset.classes),
+                **{s: len(getattr(dataset, s)) for s in ("train", "val", "test")},
+            },
+            "strategy": config.strategy,
+            "plan": {
+                "parameters": sum(leaf.size for leaf in plan.leaves),
+                "trainable": sum(leaf.size for leaf in plan.trainable),
+                "optimizer_bytes": self.optimizer_bytes, "digest": plan.digest,
+            },
+            "frozen": {
+                "values": plan.frozen_count, "digest": plans.combined(self.notes["frozen"]),
+                "verified": True, "steps": steps,
+            },
+            "best": best, **found, "steps": steps, "epochs": round(steps / self.per_epoch, 3),
+            "time": {k: round(v, 2) for k, v in (self.seconds | {"total": time.time() - STARTED}).items()},
+            "first_step_seconds": self.first_step,
+            "images_per_second": float(np.median(row)) if row else None,
+            **parallel.cost(self.train_step), "peak_memory_bytes": parallel.memory_peak(),
+            "versions": experiment.versions(),
+            "devices": {
+                "count": jax.device_count(), "kind": jax.devices()[0].device_kind, "processes": jax.process_count(),
+            },
+        }  # fmt: skip
+
+
+class Termination(contextlib.AbstractContextManager):
+    """Within it SIGTERM only sets `.received`: the loop ends its step, saves, and leaves."""
+
+    received = False
+
+    def __enter__(self):
+        # Several processes must agree on the step: there JAX's own notifier listens (Checkpoints.preempted).
+        self.before = signal.signal(signal.SIGTERM, self._receive) if jax.process_count() == 1 else None
+        return self
+
+    def _receive(self, *_):
+        self.received = True
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+if __name__ == "__main__":
+    configs.run(main)
