@@ -1,16 +1,22 @@
-"""Partial fine-tuning: the last stages and a new head learn, the rest stays as ImageNet left it.
+"""Partial fine-tuning: the last stages learn slowly, a new head fast, the rest stays as ImageNet left it.
 
-python -m tljax.train --config=configs/partial.py
-python -m tljax.train --config=configs/partial.py:last=6
+    python -m tljax.train --config=configs/partial.py
+    python -m tljax.train --config=configs/partial.py:last=6
+    python -m tljax.train --config=configs/partial.py:last=2,norms=true
+
+The norms of the stages that train are frozen, so they go on using the statistics of the million images that they
+were trained on: batches of 16 tell too little. `norms=true` trains them, and then their statistics move as well.
 """
 
 from tljax.config import arguments, base
 
 
 def get_config(arg=""):
-    given = arguments(arg, last=4, model="efficientnet_lite0")
+    given = arguments(arg, last=2, body=0.03, norms=False, model="efficientnet_lite0")
     config = base()
     config.name = f"partial{given.last}"
     config.model = config.weights = given.model
-    config.strategy = f"partial(last={given.last})"
+    config.strategy = f"partial(last={given.last}, body={given.body})"
+    if not given.norms:
+        config.strategy = f"first(rules(('**/bn*', 0)), {config.strategy})"
     return config

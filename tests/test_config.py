@@ -110,5 +110,5 @@ def test_json_keeps_every_field_and_differences_name_them():
     assert configs.flatten(again) == configs.flatten(config)
     assert configs.digest(again) == configs.digest(config)
     again.optim.lr = 0.5
-    assert configs.differences(config, again) == ["optim.lr: 0.001 → 0.5"]
+    assert configs.differences(config, again) == ["optim.lr: 0.01 → 0.5"]
     assert configs.digest(again) != configs.digest(config)

@@ -3,6 +3,7 @@
 The only file that imports orbax. The best checkpoint and the last two are kept; saving is asynchronous.
 """
 
+import json
 import os
 from typing import Any
 
@@ -15,24 +16,28 @@ from tljax.errors import UserError, listing
 from tljax.plan import paths
 
 Tree = Any
-UNRATED = 1e30  # the score of a checkpoint that was not evaluated: never the best
+
+
+class _BestAndLastTwo(policies.PreservationPolicy):
+    """Orbax's own BestN forgets the scores when the process ends: the run knows its best, and says it."""
+
+    best: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        last_two = sorted(c.step for c in checkpoints)[-2:]
+        return [c.step in last_two or c.step == self.best for c in checkpoints]
 
 
 class Checkpoints:
     """The checkpoints in a folder."""
 
     def __init__(self, folder: str | os.PathLike, create: bool = True):
-        policy = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(2),
-                policies.BestN(get_metric_fn=lambda metrics: metrics["score"], reverse=True, n=1),
-            ]
-        )
+        self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
         try:
             self.manager = ocp.CheckpointManager(
                 os.path.abspath(self.folder),
-                options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=create),
+                options=ocp.CheckpointManagerOptions(preservation_policy=self.policy, create=create),
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
                     "notes": ocp.JsonCheckpointHandler(),
@@ -53,13 +58,15 @@ class Checkpoints:
         """Whether SIGTERM reached a process of several: they agree on the step at which all save."""
         return self.manager.reached_preemption(step)
 
-    def save(self, step: int, state: Tree, notes: dict, score: float = UNRATED) -> None:
-        """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; the lowest score is the best."""
+    def save(self, step: int, state: Tree, notes: dict, best: int | None = None) -> None:
+        """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; `best` is the best step so far."""
         if step in self.steps():
             return
+        notes = json.loads(json.dumps(notes))  # a copy: it is written later, when the run has gone on
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        self.policy.best = best
         try:
-            self.manager.save(step, args=args, metrics={"score": score})
+            self.manager.save(step, args=args)
         except OSError as error:
             raise UserError(self._failed(error)) from error
 

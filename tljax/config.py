@@ -20,7 +20,7 @@ def base() -> ConfigDict:
     config.seed = 0
 
     config.model = "efficientnet_lite0"  # a name of tljax.models.names()
-    config.drop_rate = -1.0  # dropout before the head; -1: the model's own default
+    config.drop_rate = 0.0  # dropout before the head; -1: the model's own default
     config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
@@ -29,8 +29,8 @@ def base() -> ConfigDict:
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
     config.resize = ()  # paths that are resized to fit (position embeddings)
 
-    config.strategy = "partial(last=4)"  # what trains: a strategy of tljax.strategies, written as a call
-    config.train_for = "20 epochs"  # durations are "n steps" or "n epochs"
+    config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
+    config.train_for = "15 epochs"  # durations are "n steps" or "n epochs"
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
     config.ema = 0.0  # decay of the moving average of the trained weights that is evaluated; 0: none
@@ -52,7 +52,7 @@ def base() -> ConfigDict:
     config.data.threads = 2
 
     config.augment = ConfigDict()
-    config.augment.crop_min_scale = 0.5  # random-resized crop: smallest share of the area; 1: the centre crop
+    config.augment.crop_min_scale = 0.3  # random-resized crop: smallest share of the area; 1: the centre crop
     config.augment.crop_ratio = (0.75, 4 / 3)
     config.augment.flip = True
     config.augment.color_jitter = 0.0
@@ -62,10 +62,10 @@ def base() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw, sgd or lamb
-    config.optim.lr = 1e-3  # peak
+    config.optim.lr = 1e-2  # peak
     config.optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
-    config.optim.warmup = "1 epochs"
-    config.optim.weight_decay = 0.05
+    config.optim.warmup = "1.5 epochs"
+    config.optim.weight_decay = 0.1
     config.optim.no_decay = ("**/bias", "**/scale", "**/position*")
     config.optim.momentum = 0.9  # of sgd
     config.optim.b1 = 0.9

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from tljax import config as configs  # noqa: E402
 from tljax import data, experiment, optim, parallel  # noqa: E402
 from tljax import plan as plans  # noqa: E402
-from tljax.checkpoint import UNRATED, Checkpoints  # noqa: E402
+from tljax.checkpoint import Checkpoints  # noqa: E402
 from tljax.errors import UserError, listing  # noqa: E402
 from tljax.evaluate import Evaluator  # noqa: E402
 from tljax.report import metrics  # noqa: E402
@@ -149,12 +149,13 @@ class Run:
         if moved:
             raise UserError(f"frozen values have changed by step {int(state.step)}: {listing(moved)}")
 
-    def save(self, state: State, score: float) -> None:
+    def save(self, state: State) -> None:
         """Begins to save a checkpoint, after proving that what is frozen has stayed."""
         with self.clock("checkpoints"):
             self.verify(state)
             self.notes["step"] = int(state.step)
-            self.checkpoints.save(int(state.step), state, self.notes, score)
+            best = self.notes["best"]
+            self.checkpoints.save(int(state.step), state, self.notes, best["step"] if best else None)
 
     def compile(self, tx, like: State) -> None:
         """Compiles the one train step, and asks the compiler what it costs."""
@@ -213,9 +214,9 @@ class Run:
                         "lr": float(self.schedule(step - 1)), "images_per_second": round(speed, 1),
                     })  # fmt: skip
                     bar.update(step, row, speed)
-                score, better = self.assess(step, state) if "eval" in due else (UNRATED, False)
+                better = "eval" in due and self.assess(step, state)
                 if stopping or better or "checkpoint" in due:
-                    self.save(state, score)
+                    self.save(state)
                 if stopping:
                     break
                 begun, counted = time.time(), 0
@@ -238,25 +239,25 @@ class Run:
                 )
         return pending
 
-    def assess(self, step: int, state: State) -> tuple[float, bool]:
-        """Evaluates on val. Returns (the score, lower is better, and whether it is the best so far)."""
+    def assess(self, step: int, state: State) -> bool:
+        """Evaluates on val. Returns whether it is the best so far."""
         if not len(self.dataset.val):
-            return UNRATED, False
+            return False
         with self.clock("eval"):
             found = self.figures(*evaluated(state, self.plan), self.dataset.val)
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
         value = found[self.config.select.removeprefix("val/")]
-        score = value if self.config.select == "val/nll" else -value
         best = self.notes["best"]
-        better = best is None or score < best["score"]
+        sign = -1 if self.config.select == "val/nll" else 1
+        better = best is None or sign * value > sign * best["value"]
         if better:
             epoch = round(step / self.per_epoch, 3)
-            best = {"step": step, "epoch": epoch, "metric": self.config.select, "value": value, "score": score}
+            best = {"step": step, "epoch": epoch, "metric": self.config.select, "value": value}
             self.notes |= {"best": best, "since_best": 0}
         else:
             self.notes["since_best"] += 1
         self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)
-        return score, better
+        return better
 
     def ended_early(self) -> bool:
         """Whether the evaluations have stopped improving for as long as the config bears."""

@@ -112,9 +112,10 @@ def test_parts_apply_with_their_own_stages_only(name):
     model, variables, x = made(name)
     middle = model.stages[2]
     rest = {c: {s: v for s, v in tree.items() if s not in model.stages[:2]} for c, tree in variables.items()}
-    before = model.apply(variables, x, stop=middle)
+    whole, _ = train(model, variables, x, live=frozenset())
+    before, _ = train(model, variables, x, live=frozenset(), stop=middle)
     np.testing.assert_allclose(
-        model.apply(rest, before, start=middle), model.apply(variables, x), rtol=0, atol=1e-5
+        train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5
     )
 
 
@@ -204,11 +205,13 @@ def test_bfloat16_compute(name):
     model, variables, x = made(name)
     half = models.create(name, CLASSES, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(models.shapes(half))} == {jnp.dtype("float32")}
-    got, expected = half.apply(variables, x), model.apply(variables, x)
+    expected, _ = train(model, variables, x, live=frozenset())
+    got, _ = train(half, variables, x, live=frozenset())
     assert got.dtype == jnp.float32
-    assert half.apply(variables, x, stop="block2").dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda: half.apply(variables, x, stop="block2")).dtype == jnp.bfloat16
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.05 * np.abs(expected).max())
-    grads = jax.grad(lambda p: half.apply({**variables, "params": p}, x).sum())(variables["params"])
+    loss = lambda params: half.apply({**variables, "params": params}, x).sum()
+    grads = jax.eval_shape(jax.grad(loss), variables["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -257,5 +260,5 @@ def test_a_frozen_body_costs_no_backward_pass(name):
         return lowered.cost_analysis()["flops"]
 
     forward = jax.jit(model.apply).lower(shapes, x).cost_analysis()["flops"]
-    assert forward < flops(["head"]) < 1.01 * forward
+    assert 0.99 * forward < flops(["head"]) < 1.01 * forward
     assert 2.6 * forward < flops(model.stages) < 3.4 * forward

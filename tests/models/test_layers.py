@@ -89,7 +89,8 @@ def test_form_follows_the_platform(size, groups, platform):
 
     text = jax.jit(gradient).trace(x, k).lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.convolution" in text) == (platform != "cpu")
-    assert "stablehlo.case" not in text  # the choice is made at lowering, not while running
+    assert ("stablehlo.dot_general" in text) == (platform == "cpu" and size == 1)
+    assert ("stablehlo.slice" in text) == (platform == "cpu" and size == 3)
 
 
 def test_gradient_of_one_argument_needs_no_other():

@@ -1,0 +1,17 @@
+"""A linear probe: the pre-trained network is a fixed feature extractor, a new head learns.
+
+    python -m tljax.train --config=configs/frozen.py
+"""
+
+from tljax.config import arguments, base
+
+
+def get_config(arg=""):
+    given = arguments(arg, model="efficientnet_lite0")
+    config = base()
+    config.name = "frozen"
+    config.model = config.weights = given.model
+    config.strategy = "frozen()"
+    config.train_for = "20 epochs"
+    config.optim.warmup = "2 epochs"
+    return config

@@ -1,0 +1,16 @@
+"""Full fine-tuning: everything learns, the pre-trained stages at a fraction of the head's rate; norms move.
+
+    python -m tljax.train --config=configs/full.py
+    python -m tljax.train --config=configs/full.py:body=0.1
+"""
+
+from tljax.config import arguments, base
+
+
+def get_config(arg=""):
+    given = arguments(arg, body=0.03, model="efficientnet_lite0")
+    config = base()
+    config.name = "full"
+    config.model = config.weights = given.model
+    config.strategy = f"full(body={given.body})"
+    return config

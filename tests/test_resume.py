@@ -1,0 +1,114 @@
+"""Exact resume: real processes, killed at random moments and started again with the same command."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import command
+
+from tljax import evaluate, plan, train
+from tljax.errors import UserError
+from tljax.workdir import Workdir
+
+STEPS = 600
+KILLS = 10
+MORE = (
+    f"--config.train_for={STEPS} steps", "--config.checkpoint_every=7 steps", "--config.eval_every=50 steps",
+    "--config.log_every=10 steps", "--config.augment.randaugment=(2,5)", "--config.augment.color_jitter=0.2",
+    "--config.augment.mixup=0.2", "--config.ema=0.9", "--config.drop_rate=0.3", "--config.optim.name=adamw",
+    "--config.early_stop=100",
+)  # fmt: skip
+TIMES = ("images_per_second",)  # of a row of metrics: the only thing that may differ
+
+
+def end(path):
+    """What a run ended with: every leaf of the last state as bytes, the rows, the final figures."""
+    exp, layout, *_ = evaluate.restore(Workdir(path), "last")
+    from tljax.checkpoint import Checkpoints
+    from tljax.experiment import total_steps
+
+    checkpoints = Checkpoints(path / "checkpoints")
+    tx, _ = exp.optimizer(*total_steps(exp.config, 24))
+    state = checkpoints.restore(checkpoints.latest(), layout.abstract(exp.state_shapes(tx)))
+    leaves = {p: np.asarray(x).tobytes() for p, x in zip(plan.paths(state), jax.tree.leaves(state))}
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in Workdir(path).rows()]
+    summary = json.loads((path / "summary.json").read_text())
+    return leaves, rows, {k: summary[k] for k in ("best", "val", "test", "frozen", "steps")}, checkpoints.steps()
+
+
+def test_a_run_killed_ten_times_ends_as_one_never_stopped(tiny, tmp_path):
+    argv = [*tiny, *MORE]
+    whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+
+    killed, rng, resumed = tmp_path / "killed", random.Random(), []
+    for i in range(100):
+        process = command("tljax.train", *argv, f"--workdir={killed}")
+        if i < KILLS:
+            # Half of the kills at any moment of a process's life, half in the middle of training and saving.
+            begun, before = time.time(), len(Workdir(killed).rows())
+            while i % 2 and len(Workdir(killed).rows()) <= before and time.time() < begun + 60:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.6) if i % 2 else rng.uniform(0, 6))
+            process.send_signal(signal.SIGTERM if i == 7 else signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+        resumed += [line for line in out.splitlines() if line.startswith("resumed from step")]
+        if process.returncode == 0:
+            break
+        assert process.returncode in (-signal.SIGKILL, 143, -signal.SIGTERM), err
+    assert i >= KILLS, "the run ended before it was killed often enough"
+    assert len(resumed) >= KILLS // 2
+
+    (leaves, rows, figures, steps), expected = end(killed), end(tmp_path / "whole")
+    assert rows == expected[1]
+    assert figures == expected[2]
+    assert steps == expected[3]
+    assert leaves == expected[0]
+
+
+@pytest.fixture
+def interrupted(tiny, trained, tmp_path):
+    """A copy of a run whose end has not been written: the next start resumes from its last checkpoint."""
+    path = tmp_path / "copy"
+    shutil.copytree(trained, path)
+    (path / "summary.json").unlink()
+    return path
+
+
+def test_a_run_that_is_complete_but_for_its_end_writes_it(tiny, trained, interrupted):
+    assert train.main([*tiny, f"--workdir={interrupted}"]) == 0
+    old, new = (json.loads((p / "summary.json").read_text()) for p in (trained, interrupted))
+    assert new["test"] == old["test"]
+    assert new["first_step_seconds"] is None
+
+
+def test_changed_data_are_noticed_on_resume(tiny, photos, interrupted, tmp_path):
+    changed = tmp_path / "photos"
+    shutil.copytree(photos, changed)
+    next((changed / "train" / "red").iterdir()).unlink()
+    argv = [a.replace(str(photos), str(changed)) for a in tiny]
+    config = interrupted / "config.json"
+    config.write_text(config.read_text().replace(str(photos), str(changed)))
+    with pytest.raises(UserError, match="the data are not those that"):
+        train.main([*argv, f"--workdir={interrupted}"])
+
+
+def test_a_frozen_value_that_changed_is_named(tiny, interrupted, monkeypatch):
+    """The digest is of the loaded weights, so a checkpoint with another frozen value does not pass for this run's."""
+    original = train.Checkpoints.restore
+
+    def tampered(self, step, like):
+        state = original(self, step, like)
+        stem = state.params["stem"] = jax.tree.map(lambda x: x + 1e-7 * (x.ndim == 4), state.params["stem"])
+        assert stem
+        return state
+
+    monkeypatch.setattr(train.Checkpoints, "restore", tampered)
+    with pytest.raises(UserError, match="frozen values have changed by step 24: params/stem/.*kernel"):
+        train.main([*tiny, f"--workdir={interrupted}"])
