@@ -1,6 +1,6 @@
 """A linear probe: the pre-trained network is a fixed feature extractor, a new head learns.
 
-    python -m tljax.train --config=configs/frozen.py
+python -m tljax.train --config=configs/frozen.py
 """
 
 from tljax.config import arguments, base

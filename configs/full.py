@@ -1,7 +1,7 @@
 """Full fine-tuning: everything learns, the pre-trained stages at a fraction of the head's rate; norms move.
 
-    python -m tljax.train --config=configs/full.py
-    python -m tljax.train --config=configs/full.py:body=0.1
+python -m tljax.train --config=configs/full.py
+python -m tljax.train --config=configs/full.py:body=0.1
 """
 
 from tljax.config import arguments, base

@@ -1,7 +1,7 @@
 """Layer-wise decay: the learning rate falls by a constant factor from each stage to the one before it.
 
-    python -m tljax.train --config=configs/layerwise.py
-    python -m tljax.train --config=configs/layerwise.py:rate=0.5
+python -m tljax.train --config=configs/layerwise.py
+python -m tljax.train --config=configs/layerwise.py:rate=0.5
 """
 
 from tljax.config import arguments, base

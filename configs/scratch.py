@@ -1,6 +1,6 @@
 """No transfer: the same network from random weights, for as many steps as `partial`. What pre-training is worth.
 
-    python -m tljax.train --config=configs/scratch.py
+python -m tljax.train --config=configs/scratch.py
 """
 
 from tljax.config import arguments, base

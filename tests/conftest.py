@@ -1,8 +1,13 @@
 """Eight fake CPU devices, a shared compilation cache, and the environment that makes both reliable."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 # Before jax starts: with fewer threads than devices the CPU collectives can wait for each other for ever.
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -13,12 +18,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile far more than they compute: LLVM's costly passes are left out (XLA's own, on HLO, stay).
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny.py"
 COLOURS = {"blue": (60, 80, 190), "green": (70, 170, 80), "red": (200, 70, 60)}
@@ -44,6 +43,13 @@ def photos(tmp_path_factory) -> Path:
 def tiny(photos) -> list[str]:
     """Command-line arguments of the tiny experiment; more may follow."""
     return [f"--config={TINY}", f"--config.data.source=folder:{photos}"]
+
+
+def changed(tiny: list[str], workdir: Path, **fields) -> list[str]:
+    """The tiny experiment in a workdir, with fields changed: `optim_lr=0.1` is `--config.optim.lr=0.1`."""
+    groups = ("data", "augment", "optim", "parallel")
+    dotted = lambda k: k.replace("_", ".", 1) if k.partition("_")[0] in groups else k
+    return [*tiny, f"--workdir={workdir}", *(f"--config.{dotted(k)}={v}" for k, v in fields.items())]
 
 
 @pytest.fixture(scope="session")

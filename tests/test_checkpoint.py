@@ -77,5 +77,5 @@ def test_another_models_checkpoint_is_refused_with_the_leaves(tmp_path, change, 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot keep checkpoints in .*file"):
+    with pytest.raises(UserError, match=r"cannot keep checkpoints in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")

@@ -133,7 +133,7 @@ def test_digests_notice_one_bit_and_only_of_what_is_frozen():
     ],
 )
 def test_bad_rules_are_named(rules, message):
-    with pytest.raises(UserError, match=".*") as error:
+    with pytest.raises(UserError, match=r".*") as error:
         plans.build(rules, PARAMS, STATS, STAGES)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -141,7 +141,7 @@ def test_bad_rules_are_named(rules, message):
 
 def test_unmatched_paths_are_listed_ten_at_most_and_counted():
     params = {f"stage{i:02}": jnp.ones(1) for i in range(25)} | {"head": jnp.ones(1)}
-    with pytest.raises(UserError, match="stage00.*stage09 and 15 more"):
+    with pytest.raises(UserError, match=r"stage00.*stage09 and 15 more"):
         plans.build([("head", 1)], params)
 
 

@@ -110,5 +110,5 @@ def test_a_frozen_value_that_changed_is_named(tiny, interrupted, monkeypatch):
         return state
 
     monkeypatch.setattr(train.Checkpoints, "restore", tampered)
-    with pytest.raises(UserError, match="frozen values have changed by step 24: params/stem/.*kernel"):
+    with pytest.raises(UserError, match=r"frozen values have changed by step 24: params/stem/.*kernel"):
         train.main([*tiny, f"--workdir={interrupted}"])

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import command
+from conftest import changed, command
 
 from tljax import evaluate, predict, train
 from tljax.errors import UserError
@@ -101,16 +101,33 @@ def test_another_config_in_the_same_workdir_is_refused_by_field(tiny, trained):
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best(tiny, tmp_path):
-    argv = [*tiny, f"--workdir={tmp_path}", "--config.early_stop=1", "--config.train_for=80 steps",
-            "--config.optim.lr=0.3", "--config.optim.name=sgd", "--config.eval_every=2 steps"]  # fmt: skip
+    argv = changed(
+        tiny, tmp_path, early_stop=1, train_for="80 steps", optim_lr=0.3, optim_name="sgd", eval_every="2 steps"
+    )
     assert train.main(argv) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] < 80
     assert summary["best"]["step"] == summary["steps"] - 2
+    assert summary["evaluated_step"] == summary["steps"]
+    assert evaluate.restore(Workdir(tmp_path), "best")[4]["step"] == summary["best"]["step"]
+
+
+def test_the_best_checkpoint_gives_the_final_figures_where_the_config_says_so(tiny, tmp_path, capsys):
+    argv = changed(
+        tiny, tmp_path, select="best", optim_lr=0.3, optim_name="sgd", eval_every="2 steps", metric="val/accuracy"
+    )
+    assert train.main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["evaluated_step"] == summary["best"]["step"]
+    accuracy = {r["step"]: r["val/accuracy"] for r in Workdir(tmp_path).rows() if "val/accuracy" in r}
+    assert summary["best"]["step"] == max(accuracy, key=accuracy.get)  # the first of equals
+    assert summary["val"]["accuracy"] == max(accuracy.values())
+    assert evaluate.main([f"--workdir={tmp_path}"]) == 0
+    assert "the same figures" in capsys.readouterr().out
 
 
 def test_a_run_without_val_keeps_the_last(tiny, tmp_path):
-    argv = [*tiny, f"--workdir={tmp_path}", "--config.data.val=none", "--config.train_for=4 steps"]
+    argv = changed(tiny, tmp_path, data_val="none", train_for="4 steps")
     assert train.main(argv) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["best"] is None
@@ -119,17 +136,29 @@ def test_a_run_without_val_keeps_the_last(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    argv = [*tiny, f"--workdir={tmp_path}", "--config.optim.lr=1e30", "--config.optim.name=sgd", "--config.optim.clip=0.0",
-            "--config.strategy=full()"]  # fmt: skip
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+; the last good checkpoint is .*smaller config.optim.lr"):
+    argv = changed(tiny, tmp_path, optim_lr=1e30, optim_name="sgd", optim_clip=0.0, strategy="full()")
+    message = r"the loss is (nan|inf) at step \d+; the last good checkpoint is .*smaller config.optim.lr"
+    with pytest.raises(UserError, match=message):
         train.main(argv)
 
 
 def test_bfloat16_and_every_option_at_once(tiny, tmp_path):
-    argv = [*tiny, f"--workdir={tmp_path}", "--config.dtype=bfloat16", "--config.ema=0.9", "--config.augment.mixup=0.2",
-            "--config.augment.cutmix=1.0", "--config.augment.randaugment=(2,9)", "--config.augment.color_jitter=0.3",
-            "--config.batch_size=16", "--config.optim.name=lamb", "--config.optim.schedule=linear",
-            "--config.train_for=6 steps", "--config.drop_rate=0.5", "--config.strategy=layerwise_decay(0.8)"]  # fmt: skip
+    argv = changed(
+        tiny,
+        tmp_path,
+        dtype="bfloat16",
+        ema=0.9,
+        augment_mixup=0.2,
+        augment_cutmix=1.0,
+        augment_randaugment=(2, 9),
+        augment_color_jitter=0.3,
+        batch_size=16,
+        optim_name="lamb",
+        optim_schedule="linear",
+        train_for="6 steps",
+        drop_rate=0.5,
+        strategy="layerwise_decay(0.8)",
+    )
     assert train.main(argv) == 0
     exp, _, params, _, _ = evaluate.restore(Workdir(tmp_path))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -137,8 +166,7 @@ def test_bfloat16_and_every_option_at_once(tiny, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path):
-    argv = [*tiny, f"--workdir={tmp_path}", "--config.train_for=3000 steps", "--config.checkpoint_every=3000 steps",
-            "--config.eval_every=3000 steps"]  # fmt: skip
+    argv = changed(tiny, tmp_path, train_for="3000 steps", checkpoint_every="3000 steps", eval_every="3000 steps")
     process = command("tljax.train", *argv)
     while not (tmp_path / "metrics.jsonl").exists() or not Workdir(tmp_path).rows():
         assert process.poll() is None, process.communicate()

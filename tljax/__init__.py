@@ -1,0 +1,19 @@
+"""tljax: transfer learning in JAX, where freezing is data.
+
+For a training loop of one's own: `plan = tljax.build(rules, params)`, then `plan.split`, `plan.merge`,
+`plan.live`, and `tljax.freeze(optimizer, plan)`. They serve any pytree of parameters.
+"""
+
+import importlib
+import time
+
+STARTED = time.time()  # as near to the command as Python code comes: for the time to the first step
+_HOMES = {"Plan": "plan", "build": "plan", "freeze": "optim", "optimizer": "optim"}
+__all__ = ["STARTED", "Plan", "build", "freeze", "optimizer"]
+
+
+def __getattr__(name: str):
+    # Late, so that `import tljax` costs nothing and `python -m tljax.plan` finds its module not yet imported.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"tljax.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tljax' has no attribute {name!r}")

@@ -76,7 +76,8 @@ def base() -> ConfigDict:
     config.log_every = "10 steps"
     config.eval_every = "1 epochs"
     config.checkpoint_every = "1 epochs"
-    config.select = "val/nll"  # what chooses the best checkpoint, on val: val/nll, val/accuracy, val/macro_f1
+    config.metric = "val/nll"  # by which a checkpoint is the best: val/nll, val/accuracy or val/macro_f1
+    config.select = "last"  # the checkpoint of the final figures: "last" or "best" (a small val chooses badly)
     config.early_stop = 0  # end after this many evaluations without a better one; 0: never
 
     config.parallel = ConfigDict()
@@ -121,7 +122,8 @@ CHOICES = {
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),
     "optim.schedule": ("cosine", "linear", "constant"),
-    "select": ("val/nll", "val/accuracy", "val/macro_f1"),
+    "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
+    "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
 }
 AT_LEAST = {"batch_size": 1, "optim.accumulate": 1, "parallel.fsdp": 1, "data.threads": 1, "optim.lr": 0}

@@ -36,9 +36,13 @@ class Evaluator:
         return np.concatenate(logits)[: len(split)]
 
 
-def restore(workdir: Workdir, which: str = "best"):
-    """Returns (experiment, layout, params, stats, notes) of a run's checkpoint: "best", "last" or a step."""
+def restore(workdir: Workdir, which: str = ""):
+    """Returns (experiment, layout, params, stats, notes) of a checkpoint.
+
+    `which`: "best", "last", a step, or "" for what config.select says. Raises UserError where it does not exist.
+    """
     config = workdir.config()
+    which = which or config.select
     checkpoints = Checkpoints(workdir.path / "checkpoints", create=False)
     last = checkpoints.latest()
     if last is None:
@@ -62,7 +66,11 @@ def restore(workdir: Workdir, which: str = "best"):
 def main(argv: list[str]) -> int:
     """Evaluates a run's checkpoint on val and test, and says whether its summary has the same figures."""
     flags = from_command_line(
-        argv, main.__doc__, config=False, workdir="the run", checkpoint="best (default), last, or a step"
+        argv,
+        main.__doc__,
+        config=False,
+        workdir="the run",
+        checkpoint="best, last or a step (default: what config.select says)",
     )
     if not flags.workdir:
         raise UserError("no --workdir: give the folder of a run")
@@ -72,7 +80,7 @@ def main(argv: list[str]) -> int:
     parallel.start()
     console = Console(enabled=jax.process_index() == 0)
     dataset = data.load(config.data)
-    exp, layout, params, stats, notes = restore(workdir, flags.checkpoint or "best")
+    exp, layout, params, stats, notes = restore(workdir, flags.checkpoint)
     if tuple(notes["classes"]) != dataset.classes:
         raise UserError(f"the classes of {dataset.name} are not those that {workdir.path} was trained on")
     evaluator, found = Evaluator(exp, layout), {}

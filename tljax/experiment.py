@@ -115,9 +115,7 @@ def plan_table(experiment: Experiment):
     plan = experiment.plan
     tx, _ = experiment.optimizer(10**6, 1.0)  # the bytes do not depend on the length of the run
     per_leaf, total = optim.state_bytes(tx, plan)
-    totals = {
-        "parameters": sum(leaf.size for leaf in plan.leaves),
-        "trainable": sum(leaf.size for leaf in plan.trainable),
+    totals = plan.totals() | {
         "optimizer_bytes": total,
         "frozen prefix": f"{plan.prefix[0]} … {plan.prefix[-1]}" if plan.prefix else "none",
         "strategy": experiment.config.strategy,

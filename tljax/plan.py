@@ -189,6 +189,13 @@ class Plan:
         """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf."""
         return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves})
 
+    def totals(self) -> dict[str, int]:
+        """{"parameters": number of values, "trainable": of which these train}."""
+        return {
+            "parameters": sum(leaf.size for leaf in self.leaves),
+            "trainable": sum(leaf.size for leaf in self.trainable),
+        }
+
     def rule_counts(self) -> list[tuple[str, float, int]]:
         """(pattern, multiplier, number of leaves decided) of every rule."""
         counts = [0] * len(self.rules)

@@ -1,32 +1,27 @@
 """Transfers a pre-trained network to a new task: `python -m tljax.train --config=configs/partial.py`.
 
 Reads top to bottom: config, data, model and plan by shapes, weights, optimizer, state, one compiled step, the loop,
-and the final figures from the best checkpoint.
+and the final figures (`tljax.ending`).
 """
 
+import contextlib
+import math
+import signal
 import time
 
-STARTED = time.time()
+import jax
+import numpy as np
+from ml_collections import ConfigDict
 
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import signal  # noqa: E402
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from ml_collections import ConfigDict  # noqa: E402
-
-from tljax import config as configs  # noqa: E402
-from tljax import data, experiment, optim, parallel  # noqa: E402
-from tljax import plan as plans  # noqa: E402
-from tljax.checkpoint import Checkpoints  # noqa: E402
-from tljax.errors import UserError, listing  # noqa: E402
-from tljax.evaluate import Evaluator  # noqa: E402
-from tljax.report import metrics  # noqa: E402
-from tljax.report.console import Console, quiet_libraries  # noqa: E402
-from tljax.step import State, evaluated, init_state, make_train_step  # noqa: E402
-from tljax.workdir import Workdir  # noqa: E402
+from tljax import STARTED, data, ending, experiment, optim, parallel
+from tljax import config as configs
+from tljax.checkpoint import Checkpoints
+from tljax.errors import UserError, listing
+from tljax.evaluate import Evaluator
+from tljax.report import metrics
+from tljax.report.console import Console, quiet_libraries
+from tljax.step import State, evaluated, init_state, make_train_step
+from tljax.workdir import Workdir
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -71,6 +66,7 @@ class Run:
         self.plan = self.exp.plan
         self.total, self.per_epoch = experiment.total_steps(config, len(self.dataset.train))
         tx, self.schedule = self.exp.optimizer(self.total, self.per_epoch)
+        self.optimizer_bytes = optim.state_bytes(tx, self.plan)[1]
 
         self.workdir.claim(config)
         finished = self.workdir.summary()
@@ -79,7 +75,6 @@ class Run:
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
         table = experiment.plan_table(self.exp)
-        self.optimizer_bytes = optim.state_bytes(tx, self.plan)[1]
         self.workdir.write("plan.txt", f"{table}\n")
         self.header()
         self.console.plan(table)
@@ -99,7 +94,7 @@ class Run:
                 f"stopped by SIGTERM at step {int(state.step)}, saved; the same command goes on from there"
             )
             return TERMINATED
-        self.conclude(state, like)
+        ending.conclude(self, state, like)
         return 0
 
     def header(self) -> None:
@@ -246,13 +241,13 @@ class Run:
         with self.clock("eval"):
             found = self.figures(*evaluated(state, self.plan), self.dataset.val)
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
-        value = found[self.config.select.removeprefix("val/")]
+        value = found[self.config.metric.removeprefix("val/")]
         best = self.notes["best"]
-        sign = -1 if self.config.select == "val/nll" else 1
+        sign = -1 if self.config.metric == "val/nll" else 1
         better = best is None or sign * value > sign * best["value"]
         if better:
             epoch = round(step / self.per_epoch, 3)
-            best = {"step": step, "epoch": epoch, "metric": self.config.select, "value": value}
+            best = {"step": step, "epoch": epoch, "metric": self.config.metric, "value": value}
             self.notes |= {"best": best, "since_best": 0}
         else:
             self.notes["since_best"] += 1
@@ -271,98 +266,6 @@ class Run:
     def log(self, step: int, row: dict) -> None:
         """A row of metrics."""
         self.workdir.log({"step": step, "epoch": round(step / self.per_epoch, 4)} | row)
-
-    # ---- the end
-
-    def conclude(self, state: State, like: State) -> None:
-        """Evaluates the best checkpoint on the whole test split; writes the summary, the pictures and the page."""
-        from tljax.report import pictures
-
-        steps = int(state.step)
-        self.verify(state)
-        best = self.notes["best"]
-        if best is not None and best["step"] != steps:
-            del state  # its memory is wanted
-            state = self.checkpoints.restore(best["step"], like)
-            self.verify(state)
-        self.checkpoints.close()
-        params, stats = evaluated(state, self.plan)
-        found, logits = {}, None
-        with self.clock("eval"):
-            for name, split in (("val", self.dataset.val), ("test", self.dataset.test)):
-                if len(split):
-                    logits = self.evaluate(params, stats, split)
-                    found[name] = metrics.classification(
-                        logits, split.labels, self.dataset.classes, self.dataset.coarse
-                    )
-        if not self.workdir.writes:
-            return
-        with self.clock("report"):
-            path, shown = self.workdir.path, next((s for s in ("test", "val") if s in found), None)
-            pictures.curves(self.workdir.rows(), path / "curves.png", best["step"] if best else None)
-            if shown:
-                pictures.confusion(found[shown]["confusion"], self.dataset.classes, path / "confusion.png")
-                pictures.mistakes(self.mistakes(logits, getattr(self.dataset, shown)), path / "mistakes.png")
-        summary = self.summary(steps, best, found)
-        self.workdir.close()
-        self.workdir.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        from tljax.report.page import html
-
-        html(self.workdir.path)
-        self.console.final(summary)
-        self.console.print(f"everything is in {path}; open {path / 'report.html'}")
-
-    def mistakes(self, logits: np.ndarray, split: data.Split, most: int = 24) -> list[dict]:
-        """The examples that the network got wrong with the greatest confidence."""
-        from tljax.data.transforms import resize_and_centre_crop
-
-        p, classes = self.exp.preprocessing, self.dataset.classes
-        probabilities = metrics.softmax(logits)
-        guess, sure = probabilities.argmax(-1), probabilities.max(-1)
-        wrong = np.flatnonzero(guess != split.labels)
-        return [
-            {
-                "image": resize_and_centre_crop(split[i][0], p.size, p.crop, p.interpolation),
-                "label": classes[split.labels[i]],
-                "guess": classes[guess[i]],
-                "confidence": float(sure[i]),
-                "name": split.name(i),
-            }  # fmt: skip
-            for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]
-        ]
-
-    def summary(self, steps: int, best: dict | None, found: dict) -> dict:
-        """All final figures, and what they depend on."""
-        config, plan, card, dataset = self.config, self.plan, self.exp.card, self.dataset
-        row = [r["images_per_second"] for r in self.workdir.rows() if "images_per_second" in r]
-        return {
-            "name": config.name, "seed": config.seed, "model": config.model,
-            "weights": {"name": card.name, "licence": card.licence, "origin": card.origin} if card else None,
-            "data": {
-                "name": dataset.name, "licence": dataset.licence, "origin": dataset.origin,
-                "classes": len(dataset.classes),
-                **{s: len(getattr(dataset, s)) for s in ("train", "val", "test")},
-            },
-            "strategy": config.strategy,
-            "plan": {
-                "parameters": sum(leaf.size for leaf in plan.leaves),
-                "trainable": sum(leaf.size for leaf in plan.trainable),
-                "optimizer_bytes": self.optimizer_bytes, "digest": plan.digest,
-            },
-            "frozen": {
-                "values": plan.frozen_count, "digest": plans.combined(self.notes["frozen"]),
-                "verified": True, "steps": steps,
-            },
-            "best": best, **found, "steps": steps, "epochs": round(steps / self.per_epoch, 3),
-            "time": {k: round(v, 2) for k, v in (self.seconds | {"total": time.time() - STARTED}).items()},
-            "first_step_seconds": self.first_step,
-            "images_per_second": float(np.median(row)) if row else None,
-            **parallel.cost(self.train_step), "peak_memory_bytes": parallel.memory_peak(),
-            "versions": experiment.versions(),
-            "devices": {
-                "count": jax.device_count(), "kind": jax.devices()[0].device_kind, "processes": jax.process_count(),
-            },
-        }  # fmt: skip
 
 
 class Termination(contextlib.AbstractContextManager):

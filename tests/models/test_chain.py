@@ -114,9 +114,7 @@ def test_parts_apply_with_their_own_stages_only(name):
     rest = {c: {s: v for s, v in tree.items() if s not in model.stages[:2]} for c, tree in variables.items()}
     whole, _ = train(model, variables, x, live=frozenset())
     before, _ = train(model, variables, x, live=frozenset(), stop=middle)
-    np.testing.assert_allclose(
-        train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny"])
@@ -161,9 +159,7 @@ def test_dropout_and_stochastic_depth_only_in_live_stages():
         assert jax.tree.all(jax.tree.map(np.array_equal, moved["batch_stats"], variables["batch_stats"]))
     # Stochastic depth passes whole examples or leaves them: a dropped one is the block's input.
     before = model.apply(variables, x, stop=residual)
-    after, _ = train(
-        model, variables, before, live=frozenset({residual}), start=residual, stop="block4", key=key
-    )
+    after, _ = train(model, variables, before, live=frozenset({residual}), start=residual, stop="block4", key=key)
     kept = model.apply(variables, before, start=residual, stop="block4")
     rate = 0.8 * 2 / 4  # of the third of four blocks
     dropped = np.array([np.array_equal(a, b) for a, b in zip(after, before)])
@@ -226,9 +222,7 @@ def test_initialise_fills_the_shapes_and_only_what_is_asked():
     model, _, _ = made("efficientnet_tiny")
     shapes, key = models.shapes(model), jax.random.key(5)
     whole = models.initialise(model, key)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), whole) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), shapes
-    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), whole) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
     assert tuple(whole["params"]) == model.stages
     wanted = ["params/head/kernel", "params/head/bias", "batch_stats/stem/bn/var"]
     part = traverse_util.flatten_dict(models.initialise(model, key, only=wanted), sep="/")

@@ -57,9 +57,7 @@ def test_convolve_by_hand(height, width, kernel, stride, kind, padding):
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 7), (3, 2, 8), (5, 2, 7), (5, 1, 4)])
 def test_depthwise_forms_agree(kernel, stride, size):
-    x, k, g = drawn(
-        1, (2, size, size, 6), (kernel, kernel, 1, 6), (2, -(-size // stride), -(-size // stride), 6)
-    )
+    x, k, g = drawn(1, (2, size, size, 6), (kernel, kernel, 1, 6), (2, -(-size // stride), -(-size // stride), 6))
     pads = [same(size, kernel, stride)] * 2
     for ours, plain in zip(
         jax.vjp(lambda x, k: layers.depthwise_conv(x, k, stride, pads), x, k)[1](g),
@@ -138,9 +136,7 @@ def test_batch_norm_by_hand():
 
 def test_group_norm_by_hand():
     x, scale, bias = (np.asarray(a) for a in drawn(7, (2, 3, 3, 8), (8,), (8,)))
-    got = layers.GroupNorm(layers.Common(epsilon=1e-5)).apply(
-        {"params": {"scale": scale, "bias": bias}}, x, None
-    )
+    got = layers.GroupNorm(layers.Common(epsilon=1e-5)).apply({"params": {"scale": scale, "bias": bias}}, x, None)
     for group in (slice(0, 4), slice(4, 8)):
         for example in range(2):
             part = x[example, :, :, group]
@@ -152,9 +148,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     head = layers.Head(layers.Common(), classes=2000, drop_rate=0.25)
     # The identity as weights: each logit is one input, dropped or scaled.
     state = {"params": {"kernel": np.eye(2000, dtype=np.float32), "bias": np.zeros(2000, np.float32)}}
-    got = head.apply(
-        state, np.ones((4, 2000), np.float32), frozenset({""}), rngs={"dropout": jax.random.key(0)}
-    )
+    got = head.apply(state, np.ones((4, 2000), np.float32), frozenset({""}), rngs={"dropout": jax.random.key(0)})
     assert set(np.unique(got).round(5)) == {np.float32(0), np.float32(4 / 3).round(5)}
     assert abs((np.asarray(got) == 0).mean() - 0.25) < 0.02
     assert (head.apply(state, np.ones((4, 2000), np.float32), frozenset()) == 1).all()

@@ -66,17 +66,13 @@ def summary():
 @pytest.fixture
 def workdir(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary()))
-    (tmp_path / "config.json").write_text(
-        json.dumps({"optim": {"lr": 0.00123, "name": "adamw"}, "augment": []})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"optim": {"lr": 0.00123, "name": "adamw"}, "augment": []}))
     (tmp_path / "plan.txt").write_text("stage <stem>\n18,862")
     rows = [
         {"step": 42, "epoch": 1.0, "val/loss": 0.777, "val/accuracy": 0.5},
         {"step": 10, "train/loss": 1.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text(
-        "\n".join(map(json.dumps, rows)) + '\n{"step": 4'
-    )  # cut by SIGKILL
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4')  # cut by SIGKILL
     pictures.confusion(summary()["test"]["confusion"], CLASSES, tmp_path / "confusion.png")
     for name in ("curves.png", "mistakes.png"):
         (tmp_path / name).write_bytes((tmp_path / "confusion.png").read_bytes())
@@ -102,9 +98,7 @@ def test_page_holds_everything(workdir):
     assert "missing" not in page.said
     assert 'Gala "red" & co (25)' in page.said  # most often taken for
     assert not {"b>", "i>", "stem", "script", "link"} & set(page.tags)
-    bars = [
-        v for tag, key, v in page.attributes if key == "style" and v.startswith("width:") and tag == "div"
-    ]
+    bars = [v for tag, key, v in page.attributes if key == "style" and v.startswith("width:") and tag == "div"]
     assert bars == ["width:75.0%", "width:90.0%"]  # weakest first, a class without examples has none
 
 
@@ -121,14 +115,10 @@ def test_page_needs_no_network(workdir):
     report.html(workdir)
     source = (workdir / "report.html").read_text()
     page = Page(source)
-    assert not [
-        v for _, key, v in page.attributes if key in ("src", "href") and not v.startswith("data:image/png")
-    ]
+    assert not [v for _, key, v in page.attributes if key in ("src", "href") and not v.startswith("data:image/png")]
     assert "url(" not in source
     assert "@import" not in source
-    assert not re.findall(
-        r"https?://", source.replace("https://example.org/weights", "")
-    )  # text of the card only
+    assert not re.findall(r"https?://", source.replace("https://example.org/weights", ""))  # text of the card only
     images = [v.split(",", 1)[1] for tag, key, v in page.attributes if (tag, key) == ("img", "src")]
     assert [base64.b64decode(image) for image in images] == [(workdir / "confusion.png").read_bytes()] * 3
 

@@ -126,9 +126,7 @@ def test_no_mistakes_says_so(tmp_path):
 
 def test_grey_photographs(tmp_path):
     rng = np.random.default_rng(0)
-    figure = pictures.mistakes(
-        items(2, rng, image=rng.integers(0, 255, (9, 9), np.uint8)), tmp_path / "m.png"
-    )
+    figure = pictures.mistakes(items(2, rng, image=rng.integers(0, 255, (9, 9), np.uint8)), tmp_path / "m.png")
     assert len(figure.axes) == 2
 
 

@@ -76,9 +76,7 @@ def test_a_full_match_by_hand():
     depthwise = filled["params"]["block2"]["conv"]["kernel"]
     assert depthwise[2, 1, 0, 3] == np.float32(arrays["layers.1.weight"][3, 0, 2, 1])
     assert filled["params"]["head"]["kernel"][3, 4] == np.float32(arrays["fc.weight"][4, 3])
-    assert (
-        filled["batch_stats"]["stem"]["bn"]["var"].tolist() == arrays["bn1.running_var"].astype("f4").tolist()
-    )
+    assert filled["batch_stats"]["stem"]["bn"]["var"].tolist() == arrays["bn1.running_var"].astype("f4").tolist()
     report = matcher.report(result, SHAPES, "mine")
     assert report.ignored == ("bn1.num_batches_tracked",)
     assert report.numbers == 3 * 3 * 2 * 4 + 4 + 4 + 16 + 36 + 20 + 5
@@ -195,9 +193,7 @@ def test_a_leaf_filled_twice():
 def test_the_message_names_ten_and_counts_the_rest():
     arrays = {**source(), **{f"layers.{i}.weight": np.zeros(1) for i in range(10, 35)}}
     message = str(matcher.mismatch(fit(arrays), "f.pth", "net", "mine", TABLE))
-    assert message.startswith(
-        "f.pth does not fit net (mine naming): 25 unexpected: layers.10.weight (block11/"
-    )
+    assert message.startswith("f.pth does not fit net (mine naming): 25 unexpected: layers.10.weight (block11/")
     assert "and 15 more" in message
     assert "layers.20.weight" not in message
 

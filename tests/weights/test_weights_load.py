@@ -80,21 +80,15 @@ def test_every_number_of_the_real_file_arrives_once(lite0_shapes):
     assert len(loaded.report.loaded) + len(loaded.report.ignored) == len(source)
     assert all(name.endswith("num_batches_tracked") for name in loaded.report.ignored)
     # Sums do not depend on the order of axes; each is of another array in the file.
-    ours = sorted(
-        float(leaf.astype(np.float64).sum()) for leaf in jax.tree.leaves((loaded.params, loaded.batch_stats))
-    )
-    theirs = sorted(
-        float(a.astype(np.float64).sum()) for n, a in source.items() if n not in loaded.report.ignored
-    )
+    ours = sorted(float(leaf.astype(np.float64).sum()) for leaf in jax.tree.leaves((loaded.params, loaded.batch_stats)))
+    theirs = sorted(float(a.astype(np.float64).sum()) for n, a in source.items() if n not in loaded.report.ignored)
     assert np.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
     for tree, shapes in (
         (loaded.params, lite0_shapes["params"]),
         (loaded.batch_stats, lite0_shapes["batch_stats"]),
     ):
         assert jax.tree.structure(tree) == jax.tree.structure(shapes)
-        assert jax.tree.all(
-            jax.tree.map(lambda a, s: a.shape == s.shape and a.dtype == s.dtype, tree, shapes)
-        )
+        assert jax.tree.all(jax.tree.map(lambda a, s: a.shape == s.shape and a.dtype == s.dtype, tree, shapes))
 
 
 @real
@@ -147,9 +141,7 @@ def test_another_digest_stops_before_anything_is_read(tmp_path, lite0_shapes, mo
     monkeypatch.setattr(weights, "read", None)
     card = dataclasses.replace(weights.CARDS[LITE0], source=str(path))
     found = hashlib.sha256(content).hexdigest()
-    assert (
-        error_of(card, LITE0, lite0_shapes) == f"{path}: SHA-256 is {found}, expected {card.sha256}; not read"
-    )
+    assert error_of(card, LITE0, lite0_shapes) == f"{path}: SHA-256 is {found}, expected {card.sha256}; not read"
 
 
 @real
@@ -189,9 +181,7 @@ def test_a_few_wrong_leaves_are_named(tmp_path):
     path = tmp_path / "r18.safetensors"
     save_file({name: np.zeros(shape, np.float32) for name, shape in names.items()}, path)
     text = error_of(str(path), "resnet18", models.shapes(models.create("resnet18", 10)))
-    assert text.startswith(
-        f"{path} does not fit resnet18 (torchvision naming): 1 missing: block1/bn1/scale; "
-    )
+    assert text.startswith(f"{path} does not fit resnet18 (torchvision naming): 1 missing: block1/bn1/scale; ")
     assert "1 unexpected: layer1.0.bn1.wieght" in text
     assert "1 misshaped: block1/conv1/kernel (5×5×64×64, expected 3×3×64×64)" in text
 
@@ -205,11 +195,7 @@ def test_a_model_without_statistics_has_an_empty_collection(resnet18_file):
 
 def test_pth_in_both_formats_is_loaded(tmp_path, monkeypatch):
     writer.stand_ins(monkeypatch)
-    arrays = {
-        name: np.full(shape, 2, np.float32)
-        for name, shape in resnet18_names(10).items()
-        if "layer4" not in name
-    }
+    arrays = {name: np.full(shape, 2, np.float32) for name, shape in resnet18_names(10).items() if "layer4" not in name}
     for form, write in writer.FORMATS.items():
         path = tmp_path / f"{form}.pth"
         path.write_bytes(write({"epoch": 1, "state_dict": writer.state_dict(arrays)}))
@@ -259,9 +245,7 @@ def test_another_model_than_the_card_s():
 def test_resize_and_reset_without_a_leaf(resnet18_file):
     shapes = models.shapes(models.create("resnet18", 10))
     assert "resize=pos_embed" in error_of(resnet18_file, "resnet18", shapes, resize=("pos_embed",))
-    assert error_of(resnet18_file, "resnet18", shapes, reset=("blok7",)).startswith(
-        "reset='blok7' matches no leaf"
-    )
+    assert error_of(resnet18_file, "resnet18", shapes, reset=("blok7",)).startswith("reset='blok7' matches no leaf")
 
 
 def test_cards_are_consistent():

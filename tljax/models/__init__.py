@@ -76,9 +76,7 @@ def shapes(model: Chain, size: int | None = None) -> dict:
     return _ordered(model, jax.eval_shape(lambda key: _init(model, key, size), jax.random.key(0)))
 
 
-def initialise(
-    model: Chain, key: jax.Array, size: int | None = None, only: Collection[str] | None = None
-) -> dict:
+def initialise(model: Chain, key: jax.Array, size: int | None = None, only: Collection[str] | None = None) -> dict:
     """{"params": ..., "batch_stats": ...} with random parameters; a leaf depends on key and path alone.
 
     `only` names the leaves wanted ("params/head/kernel"): the others are left out of the result and not

@@ -184,9 +184,7 @@ def norm(common: Common, name: str) -> nn.Module:
     return {"batch": BatchNorm, "group": GroupNorm}[common.norm](common, name=name)
 
 
-def drop(
-    module: nn.Module, x: jax.Array, rate: float, axis_name: str | None, *, whole: bool = False
-) -> jax.Array:
+def drop(module: nn.Module, x: jax.Array, rate: float, axis_name: str | None, *, whole: bool = False) -> jax.Array:
     """Dropout (Srivastava et al. 2014) or, if `whole`, of examples: stochastic depth (Huang et al. 2016).
 
     The mask is drawn for the global batch and with `axis_name` each device takes its slice, so that the

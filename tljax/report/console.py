@@ -223,9 +223,7 @@ def final_rows(summary: dict) -> dict[str, str | list[str]]:
         )
     if plan.get("parameters"):
         share = plan["trainable"] / plan["parameters"]
-        rows["trainable"] = (
-            f"{plan['trainable']:,} of {plan['parameters']:,} parameters ({text.percent(share)})"
-        )
+        rows["trainable"] = f"{plan['trainable']:,} of {plan['parameters']:,} parameters ({text.percent(share)})"
     if frozen.get("values"):
         rows["frozen"] = f"{frozen['values']:,} values, " + (
             "bit-identical to the loaded ones" if frozen.get("verified") else "NOT verified"

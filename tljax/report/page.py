@@ -60,9 +60,7 @@ def _head(name, summary: dict) -> str:
         f"weights {weights['name']}" if weights.get("name") else "random weights" if summary else None,
         f"seed {summary['seed']}" if summary.get("seed") is not None else None,
     ]  # fmt: skip
-    return (
-        f'<header><h1>{_e(name)}</h1><p class="lead">{_e(" · ".join(str(s) for s in said if s))}</p></header>'
-    )
+    return f'<header><h1>{_e(name)}</h1><p class="lead">{_e(" · ".join(str(s) for s in said if s))}</p></header>'
 
 
 def _cards(summary: dict) -> str:
@@ -77,9 +75,7 @@ def _cards(summary: dict) -> str:
     small = []
     if plan.get("parameters"):
         share = text.percent(plan["trainable"] / plan["parameters"])
-        small.append(
-            (f"{plan['trainable']:,}", f"trainable of {plan['parameters']:,} parameters ({share})", "")
-        )
+        small.append((f"{plan['trainable']:,}", f"trainable of {plan['parameters']:,} parameters ({share})", ""))
     if plan.get("optimizer_bytes") is not None:
         small.append((text.size(plan["optimizer_bytes"]), "optimizer state", ""))
     if best.get("step") is not None:
@@ -137,9 +133,7 @@ def _per_class(summary: dict) -> str:
         taken = "" if most is None else f"{_e(most)} ({wrong[most]:,})"
         bar = "" if accuracy is None else _bar(accuracy)
         count = _e(f"{sum(counts):,}" if counts else "-")
-        rows.append(
-            (accuracy is None, accuracy or 0, [_e(name), bar, _e(text.percent(accuracy)), count, taken])
-        )
+        rows.append((accuracy is None, accuracy or 0, [_e(name), bar, _e(text.percent(accuracy)), count, taken]))
     rows.sort(key=lambda row: row[:2])
     cells = "".join(
         f'<tr><td>{name}</td><td class="bar">{bar}</td><td class="n">{accuracy}</td>'
@@ -149,9 +143,7 @@ def _per_class(summary: dict) -> str:
     top = '<th>class</th><th></th><th class="n">accuracy</th><th class="n few">examples</th>'
     top += "<th>most often taken for</th>"
     note = f'<p class="note">{_e(split)}, the weakest class first.</p>'
-    return _section(
-        "Accuracy per class", f'<div class="wide"><table><tr>{top}</tr>{cells}</table></div>{note}'
-    )
+    return _section("Accuracy per class", f'<div class="wide"><table><tr>{top}</tr>{cells}</table></div>{note}')
 
 
 def _bar(share: float) -> str:
@@ -163,9 +155,7 @@ def _picture(workdir, name: str, title: str, caption: str) -> str:
     data = path.read_bytes() if path.exists() else b""
     if not data.startswith(b"\x89PNG"):
         return _section(title, _missing(name))
-    width = (
-        int.from_bytes(data[16:20], "big") / 1.4
-    )  # drawn at 150 dpi: at this size its text is that of the page
+    width = int.from_bytes(data[16:20], "big") / 1.4  # drawn at 150 dpi: at this size its text is that of the page
     image = f'<img alt="{_e(title)}" style="max-width:{width:.0f}px" src="data:image/png;base64,'
     image += base64.b64encode(data).decode() + '">'
     return _section(title, f'<div class="picture">{image}</div><p class="note">{_e(caption)}</p>')
@@ -192,12 +182,10 @@ def _times(summary: dict) -> str:
     total = max(spent.get("total", 0), sum(parts.values())) or 1
     tones = {key: TONES[i % len(TONES)] for i, key in enumerate(parts)}
     stack = "".join(
-        f'<i style="width:{100 * v / total:.2f}%;background:{tones[k]}" title="{_e(k)}"></i>'
-        for k, v in parts.items()
+        f'<i style="width:{100 * v / total:.2f}%;background:{tones[k]}" title="{_e(k)}"></i>' for k, v in parts.items()
     )
     legend = "".join(
-        f'<li><i style="background:{tones[k]}"></i>{_e(k)} {_e(text.duration(v))}</li>'
-        for k, v in parts.items()
+        f'<li><i style="background:{tones[k]}"></i>{_e(k)} {_e(text.duration(v))}</li>' for k, v in parts.items()
     )
     said = f'<p class="note">{_e(text.duration(spent["total"]))} in all.</p>' if "total" in spent else ""
     return _section("Time", f'<div class="stack">{stack}</div><ul class="legend">{legend}</ul>{said}')
@@ -220,9 +208,7 @@ def _evaluations(workdir) -> str:
         for row in found
     ]
     table = _table(["step", "epoch", *keys], cells)
-    return _section(
-        "Evaluations", f"<details><summary>{len(found)} during the run</summary>{table}</details>"
-    )
+    return _section("Evaluations", f"<details><summary>{len(found)} during the run</summary>{table}</details>")
 
 
 def _origins(summary: dict) -> str:

@@ -54,9 +54,7 @@ def _panel(ax, rows, unit, key, best):
         long = x.size > 40
         if long:
             ax.plot(x, y, color=TRAIN, lw=0.8, alpha=0.3)
-        ax.plot(
-            x, _smooth(y) if long else y, color=TRAIN, lw=1.8, label="train, smoothed" if long else "train"
-        )
+        ax.plot(x, _smooth(y) if long else y, color=TRAIN, lw=1.8, label="train, smoothed" if long else "train")
     x, y = _series(rows, unit, f"val/{key}")
     if not x.size and key == "loss":
         x, y = _series(rows, unit, "val/nll")
@@ -189,9 +187,7 @@ def _tile(ax, item):
     ax.spines[:].set_visible(False)
     below = dict(transform=ax.transAxes, va="top", ha="left", fontsize=8.5, parse_math=False)
     ax.text(0, -0.03, f"is {_short(item['label'], 22)}", color=GOOD, **below)
-    ax.text(
-        0, -0.12, f"guess {_short(item['guess'], 18)}, {100 * item['confidence']:.0f} %", color=BAD, **below
-    )
+    ax.text(0, -0.12, f"guess {_short(item['guess'], 18)}, {100 * item['confidence']:.0f} %", color=BAD, **below)
     name = str(item.get("name", ""))
     below["fontsize"] = 6.5
     ax.text(0, -0.215, name if len(name) <= 34 else "…" + name[-33:], color=GREY, **below)

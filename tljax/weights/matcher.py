@@ -180,9 +180,7 @@ def mismatch(result: Fit, file: str, model: str, naming: str, table: Sequence[Ro
     strange = {**dict.fromkeys(result.unmatched), **result.unexpected}
     if strange:
         shown = [f"{name} ({path_of(leaf)})" if leaf else name for name, leaf in strange.items()]
-        parts.append(
-            f"{len(strange)} unexpected: {listing(shown)}" + _nearest(strange, result.missing, table)
-        )
+        parts.append(f"{len(strange)} unexpected: {listing(shown)}" + _nearest(strange, result.missing, table))
     if result.misshaped:
         shown = [
             f"{path_of(leaf)} ({_by(found)}, expected {_by(expected)})"

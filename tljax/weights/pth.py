@@ -43,8 +43,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return _state_dict(path, content)
     except pickles.Refused as refusal:
         raise UserError(
-            f"{path}: refused {_one_line(refusal)} in the pickle: only tensors are read; "
-            "nothing in the file was run"
+            f"{path}: refused {_one_line(refusal)} in the pickle: only tensors are read; nothing in the file was run"
         ) from None
     except _DAMAGED as error:
         detail = _one_line(error) or type(error).__name__

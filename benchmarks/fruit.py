@@ -1,0 +1,139 @@
+"""The accuracy table of the README: frozen, partial, full and scratch on the fruit photographs, over seeds.
+
+    python benchmarks/fruit.py                     # everything: hours on 2 cores; finished runs are not repeated
+    python benchmarks/fruit.py --only=frozen,partial --seeds=5
+    python benchmarks/fruit.py --folds             # cross-validation within train + val instead of the test split
+
+All recipes train on the 732 photographs of train + val (`config.data.val=none`), as the reference does: logistic
+regression (scikit-learn, C = 1) on frozen features, computed here in the same run. Each recipe was fixed by
+cross-validation within these photographs; the test split chose nothing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RECIPES = {
+    "frozen": "frozen.py",
+    "partial": "partial.py",
+    "full": "full.py",
+    "scratch": "scratch.py",
+    "partial:last=3": "partial.py:last=3",
+    "partial:norms=true": "partial.py:norms=true",
+}
+TABLE = ("frozen", "partial", "full", "scratch")
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def finished(folder: Path, recipe: str, *overrides: str) -> dict:
+    """The summary of a run, which is started, resumed or found complete."""
+    command = [sys.executable, "-m", "tljax.train", f"--config={CONFIGS / RECIPES[recipe]}", f"--workdir={folder}"]
+    log = folder.parent / f"{folder.name}.log"
+    if not (folder / "summary.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as out:
+            code = subprocess.run([*command, *overrides], stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        if code:
+            raise SystemExit(f"{recipe} ended with {code}: see {log}")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def reference() -> tuple[float, float]:
+    """(fine, coarse) test accuracy of logistic regression on frozen features of the centre crops of train + val."""
+    import jax
+    from sklearn.linear_model import LogisticRegression
+
+    from tljax import config as configs
+    from tljax import data, experiment
+    from tljax.step import normalise
+
+    config = configs.base()
+    config.data.val = "none"
+    dataset = data.load(config.data)
+    exp = experiment.build(config, len(dataset.classes))
+    params, stats, _ = exp.load()
+    p, variables = exp.preprocessing, {"params": params, "batch_stats": stats}
+    features = jax.jit(lambda images: exp.model.apply(variables, normalise(images, p.mean, p.std), stop="head"))
+
+    def of(split):
+        batches = data.eval_batches(split, batch_size=16, size=p.size, crop=p.crop, interpolation=p.interpolation)
+        return np.concatenate([np.asarray(features(batch["image"])) for batch in batches])[: len(split)]
+
+    probe = LogisticRegression(max_iter=5000).fit(of(dataset.train), dataset.train.labels)
+    guess, coarse = probe.predict(of(dataset.test)), np.array(dataset.coarse)
+    labels = dataset.test.labels
+    return float((guess == labels).mean()), float((coarse[guess] == coarse[labels]).mean())
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """Mean ± sample standard deviation."""
+    sd = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+    return f"{scale * np.mean(values):.1f} ± {scale * sd:.1f}"
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """The rows of the README's table, costs relative to `full`."""
+    flops = {name: found[0]["flops_per_step"] for name, found in runs.items()}
+    whole = flops.get("full", max(flops.values()))
+    fine, coarse = reference()
+    lines = [
+        "| recipe | seeds | fine accuracy, % | coarse accuracy, % | NLL | trainable | GFLOP a step (of full) | "
+        "temporary memory, GB | peak memory, GB | run, min |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| logistic regression on frozen features (scikit-learn) | – | {100 * fine:.1f} | {100 * coarse:.1f} "
+        + "| – " * 6
+        + "|",
+    ]
+    for name, found in runs.items():
+        test = [s["test"] for s in found]
+        lines.append(
+            f"| `{name}` | {len(found)} | {spread([t['accuracy'] for t in test])} | "
+            f"{spread([t['coarse_accuracy'] for t in test])} | {spread([t['nll'] for t in test], 1)} | "
+            f"{found[0]['plan']['trainable'] / found[0]['plan']['parameters']:.1%} | "
+            f"{flops[name] / 1e9:.1f} ({flops[name] / whole:.2f}) | {found[0]['temporary_bytes'] / 1e9:.2f} | "
+            f"{np.median([s['peak_memory_bytes'] for s in found]) / 1e9:.2f} | "
+            f"{np.median([s['time']['total'] for s in found]) / 60:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/fruit"))
+    parser.add_argument("--only", default=",".join(TABLE), help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folds", action="store_true", help="5-fold cross-validation within train + val")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    unknown = set(names) - set(RECIPES)
+    if unknown:
+        parser.error(f"unknown recipe {', '.join(sorted(unknown))}: expected {', '.join(RECIPES)}")
+    if arguments.folds:
+        for name in names:
+            found = [
+                finished(
+                    arguments.workdir / f"{name}-fold{k}", name, f"--config.data.val=fold:{k}/5", f"--config.seed={k}"
+                )
+                for k in range(1, 6)
+            ]
+            val = [s["val"]["accuracy"] for s in found]
+            print(
+                f"{name}: fine accuracy over 5 folds {spread(val)} %, NLL {spread([s['val']['nll'] for s in found], 1)}"
+            )
+        return
+    runs = {
+        name: [
+            finished(arguments.workdir / f"{name}-{seed}", name, "--config.data.val=none", f"--config.seed={seed}")
+            for seed in range(arguments.seeds)
+        ]
+        for name in names
+    }
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The end of a run: the figures of the chosen checkpoint, the summary, the pictures, the page."""
+
+import json
+import time
+
+import jax
+import numpy as np
+
+from tljax import STARTED, data, experiment, parallel
+from tljax import plan as plans
+from tljax.data.transforms import resize_and_centre_crop
+from tljax.report import metrics, pictures
+from tljax.report.page import html
+from tljax.step import State, evaluated
+
+
+def conclude(run, state: State, like: State) -> None:
+    """Evaluates a `train.Run` on its whole test split and writes what its workdir shows.
+
+    `state` is the last one; `like` its shapes, to restore the best checkpoint where the config selects that.
+    """
+    steps = int(state.step)
+    run.verify(state)
+    best = run.notes["best"]
+    chosen = best["step"] if best and run.config.select == "best" else steps
+    if chosen != steps:
+        del state  # its memory is wanted
+        state = run.checkpoints.restore(chosen, like)
+        run.verify(state)
+    run.checkpoints.close()
+    params, stats = evaluated(state, run.plan)
+    found, logits, shown = {}, None, None
+    with run.clock("eval"):
+        for name in ("val", "test"):
+            split = getattr(run.dataset, name)
+            if len(split):
+                shown, logits = split, run.evaluate(params, stats, split)
+                found[name] = metrics.classification(logits, split.labels, run.dataset.classes, run.dataset.coarse)
+    if not run.workdir.writes:
+        return
+    path = run.workdir.path
+    with run.clock("report"):
+        pictures.curves(run.workdir.rows(), path / "curves.png", best["step"] if best else None)
+        if found:
+            pictures.confusion(list(found.values())[-1]["confusion"], run.dataset.classes, path / "confusion.png")
+            pictures.mistakes(mistakes(run, logits, shown), path / "mistakes.png")
+    run.workdir.close()
+    told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found
+    run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
+    html(path)
+    run.console.final(told)
+    run.console.print(f"everything is in {path}; open {path / 'report.html'}")
+
+
+def mistakes(run, logits: np.ndarray, split: data.Split, most: int = 24) -> list[dict]:
+    """The examples that the network got wrong with the greatest confidence, as `pictures.mistakes` takes them."""
+    p, classes = run.exp.preprocessing, run.dataset.classes
+    probabilities = metrics.softmax(logits)
+    guess, sure = probabilities.argmax(-1), probabilities.max(-1)
+    wrong = np.flatnonzero(guess != split.labels)
+    return [
+        {
+            "image": resize_and_centre_crop(split[i][0], p.size, p.crop, p.interpolation),
+            "label": classes[split.labels[i]],
+            "guess": classes[guess[i]],
+            "confidence": float(sure[i]),
+            "name": split.name(i),
+        }
+        for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]
+    ]
+
+
+def summary(run, steps: int) -> dict:
+    """What a run's figures depend on and what it cost; the figures themselves are added by `conclude`."""
+    config, plan, card, dataset = run.config, run.plan, run.exp.card, run.dataset
+    speeds = [row["images_per_second"] for row in run.workdir.rows() if "images_per_second" in row]
+    splits = {name: len(getattr(dataset, name)) for name in ("train", "val", "test")}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "model": config.model,
+        "weights": {"name": card.name, "licence": card.licence, "origin": card.origin} if card else None,
+        "data": {"name": dataset.name, "licence": dataset.licence, "origin": dataset.origin}
+        | {"classes": len(dataset.classes)}
+        | splits,
+        "strategy": config.strategy,
+        "plan": plan.totals() | {"optimizer_bytes": run.optimizer_bytes, "digest": plan.digest},
+        "frozen": {
+            "values": plan.frozen_count,
+            "digest": plans.combined(run.notes["frozen"]),
+            "verified": True,  # run.verify has raised otherwise
+            "steps": steps,
+        },
+        "steps": steps,
+        "epochs": round(steps / run.per_epoch, 3),
+        "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
+        "first_step_seconds": run.first_step,
+        "images_per_second": float(np.median(speeds)) if speeds else None,
+        **parallel.cost(run.train_step),
+        "peak_memory_bytes": parallel.memory_peak(),
+        "versions": experiment.versions(),
+        "devices": {
+            "count": jax.device_count(),
+            "kind": jax.devices()[0].device_kind,
+            "processes": jax.process_count(),
+        },
+    }
