@@ -170,6 +170,14 @@ def test_the_loss_by_hand():
     assert accuracies[0] == pytest.approx((logits.argmax(-1) == batch["label"]).mean())
 
 
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_the_state_is_donated(mode):
+    tiny = setting("groupnorm_tiny", "frozen()", mode=mode)
+    state = tiny.layout.place(tiny.start)
+    tiny.compiled(state, tiny.layout.place_batch(BATCHES[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 def reduced_bytes(compiled) -> int:
     """Bytes that the all-reduces (and reduce-scatters) of a compiled program move, read from its HLO."""
     size = {"f32": 4, "f64": 8, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}

@@ -100,6 +100,16 @@ def test_another_config_in_the_same_workdir_is_refused_by_field(tiny, trained):
         train.main([*tiny, f"--workdir={trained}", "--config.optim.lr=0.5", "--config.batch_size=16"])
 
 
+@pytest.mark.parametrize("fields", [{"parallel_mode": "pmap"}, {"parallel_fsdp": 2}])
+def test_pmap_and_fsdp_end_with_the_figures_of_jit(tiny, trained, tmp_path, fields):
+    assert train.main(changed(tiny, tmp_path, **fields)) == 0
+    new, old = (json.loads((p / "summary.json").read_text()) for p in (tmp_path, trained))
+    assert new["test"]["nll"] == pytest.approx(old["test"]["nll"], rel=1e-3)
+    assert new["frozen"] == old["frozen"]
+    losses = [[row["train/loss"] for row in Workdir(p).rows() if "train/loss" in row] for p in (tmp_path, trained)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_early_stopping_ends_the_run_and_keeps_the_best(tiny, tmp_path):
     argv = changed(
         tiny, tmp_path, early_stop=1, train_for="80 steps", optim_lr=0.3, optim_name="sgd", eval_every="2 steps"

@@ -43,7 +43,8 @@ def conclude(run, state: State, like: State) -> None:
         pictures.curves(run.workdir.rows(), path / "curves.png", best["step"] if best else None)
         if found:
             pictures.confusion(list(found.values())[-1]["confusion"], run.dataset.classes, path / "confusion.png")
-            pictures.mistakes(mistakes(run, logits, shown), path / "mistakes.png")
+            wrong = np.flatnonzero(logits.argmax(-1) != shown.labels)
+            pictures.mistakes(mistakes(run, logits, shown, wrong), path / "mistakes.png", total=len(wrong))
     run.workdir.close()
     told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found
     run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
@@ -52,12 +53,11 @@ def conclude(run, state: State, like: State) -> None:
     run.console.print(f"everything is in {path}; open {path / 'report.html'}")
 
 
-def mistakes(run, logits: np.ndarray, split: data.Split, most: int = 24) -> list[dict]:
-    """The examples that the network got wrong with the greatest confidence, as `pictures.mistakes` takes them."""
+def mistakes(run, logits: np.ndarray, split: data.Split, wrong: np.ndarray) -> list[dict]:
+    """The most confident of the wrong guesses (their indices), as `pictures.mistakes` takes them."""
     p, classes = run.exp.preprocessing, run.dataset.classes
     probabilities = metrics.softmax(logits)
     guess, sure = probabilities.argmax(-1), probabilities.max(-1)
-    wrong = np.flatnonzero(guess != split.labels)
     return [
         {
             "image": resize_and_centre_crop(split[i][0], p.size, p.crop, p.interpolation),
@@ -66,7 +66,7 @@ def mistakes(run, logits: np.ndarray, split: data.Split, most: int = 24) -> list
             "confidence": float(sure[i]),
             "name": split.name(i),
         }
-        for i in wrong[np.argsort(-sure[wrong], kind="stable")][:most]
+        for i in wrong[np.argsort(-sure[wrong], kind="stable")][: pictures.TILES]
     ]
 
 

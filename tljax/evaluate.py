@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         if len(split):
             logits = evaluator(params, stats, split)
             found[name] = metrics.classification(logits, split.labels, dataset.classes, dataset.coarse)
-    console.final({"name": config.name, "best": {"step": notes["step"]}, **found})
+    console.final({"name": config.name, "evaluated_step": notes["step"], **found})
     summary = workdir.summary()
     if summary and not flags.checkpoint:
         same = all(

@@ -193,6 +193,7 @@ class Run:
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     self.first_step = round(time.time() - STARTED, 2)
+                    self.console.print(f"first step {self.first_step:.1f} s after the command")
                     begun, counted = time.time(), 0  # what follows is the steady pace
                 due = {name for name, n in every.items() if step % n == 0 or step == self.total}
                 stopping = self.checkpoints.preempted(step) if jax.process_count() > 1 else stop.received

@@ -217,8 +217,10 @@ def final_rows(summary: dict) -> dict[str, str | list[str]]:
                     rows[f"test {name}"] = f"{figures[key]:.4f}"
     if test.get("examples"):
         rows["test photographs"] = text.thousands(test["examples"])
+    if summary.get("evaluated_step") is not None:
+        rows["figures of step"] = f"{summary['evaluated_step']:,}"
     if best.get("step") is not None:
-        rows["best step"] = f"{best['step']:,}" + (
+        rows["best on val"] = f"step {best['step']:,}" + (
             f" ({best['metric']} {text.number(best['value'])})" if best.get("value") is not None else ""
         )
     if plan.get("parameters"):

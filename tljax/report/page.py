@@ -10,7 +10,7 @@ from tljax.report import text
 from tljax.report.style import CSS
 
 PICTURES = (
-    ("curves.png", "Learning curves", "Loss, accuracy and learning rate; the chosen checkpoint is marked."),
+    ("curves.png", "Learning curves", "Loss, accuracy and learning rate; the best evaluation on val is marked."),
     ("confusion.png", "Confusion", "A row is a label, a column a guess; colour is the share of the row."),
     ("mistakes.png", "Worst mistakes", "The wrong guesses that the model was surest of."),
 )
@@ -78,10 +78,12 @@ def _cards(summary: dict) -> str:
         small.append((f"{plan['trainable']:,}", f"trainable of {plan['parameters']:,} parameters ({share})", ""))
     if plan.get("optimizer_bytes") is not None:
         small.append((text.size(plan["optimizer_bytes"]), "optimizer state", ""))
+    if summary.get("evaluated_step") is not None:
+        small.append((f"step {summary['evaluated_step']:,}", "the checkpoint of these figures", ""))
     if best.get("step") is not None:
         chosen = [f"{best.get('metric', '')} {text.number(best.get('value'))}"]
         chosen += [f"epoch {best['epoch']:g}"] if best.get("epoch") is not None else []
-        small.append((f"step {best['step']:,}", f"best checkpoint: {', '.join(chosen)}", ""))
+        small.append((f"step {best['step']:,}", f"best on val: {', '.join(chosen)}", ""))
     if summary.get("images_per_second"):
         small.append((f"{summary['images_per_second']:,.0f} images/s", "in training", ""))
     if summary.get("flops_per_step"):

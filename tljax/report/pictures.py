@@ -25,7 +25,7 @@ NUMBERED = 24  # up to so many classes the cells of a confusion matrix have room
 def curves(rows, path, best_step: int | None = None):
     """Draws loss, accuracy and learning rate over the run, the best evaluation marked; returns the Figure.
 
-    rows: the dicts of metrics.jsonl; best_step: the step of the chosen checkpoint, by default the evaluation
+    rows: the dicts of metrics.jsonl; best_step: the step of the best evaluation, by default the one
     with the highest val/accuracy (the first of equals).
     """
     unit = "epoch" if rows and all("epoch" in row for row in rows) else "step"
@@ -144,11 +144,11 @@ def confusion(matrix, classes, path, title: str = ""):
         return _saved(figure, path)
 
 
-def mistakes(items, path):
+def mistakes(items, path, total: int | None = None):
     """Draws the most confident wrong guesses, at most 24, label and guess under each; returns the Figure.
 
     items: dicts image (uint8 [height, width, 3]), label, guess, confidence (0..1), name. With none it
-    says so.
+    says so. total: how many wrong guesses there are, where items holds only some.
     """
     wrong = sorted((i for i in items if i["label"] != i["guess"]), key=lambda i: -i["confidence"])
     shown = wrong[:TILES]
@@ -166,8 +166,8 @@ def mistakes(items, path):
             line, column = divmod(place, columns)
             left, bottom = column * (tile + gap), height - title - line * (tile + caption) - tile
             _tile(figure.add_axes((left / width, bottom / height, tile / width, tile / height)), item)
-        some = len(wrong) > len(shown)
-        count = f"the {len(shown)} most confident of {len(wrong):,}" if some else f"all {len(shown)}"
+        total = len(wrong) if total is None else total
+        count = f"the {len(shown)} most confident of {total:,}" if total > len(shown) else f"all {len(shown)}"
         figure.text(0, 1, f"Wrong guesses, {count}", va="top", fontsize=12, fontweight="bold")
         return _saved(figure, path, dpi=110)
 
