@@ -4,7 +4,8 @@
 #   launch/local.sh 2 --config=configs/partial.py --workdir=runs/two
 #
 # Each process sees its share of the devices: with GPUs give CUDA_VISIBLE_DEVICES yourself; on a CPU
-# JAX_NUM_CPU_DEVICES=k gives each process k devices. Ends with the first exit code that is not 0.
+# JAX_NUM_CPU_DEVICES=k gives each process k devices. PYTHON names another interpreter than `python`.
+# Ends with the first exit code that is not 0. SIGTERM and Ctrl-C save and end.
 set -u
 count=${1:-}
 if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
@@ -12,27 +13,34 @@ if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
   exit 2
 fi
 shift
+python=${PYTHON:-python}
 
 # A free port, found by asking the system for one.
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
+
+# A mistake of the user's meets every process: it is told once.
+exec 2> >(exec awk '!/^error: / || !told[$0]++ { print; fflush() }' >&2)
 
 pids=()
 for ((i = 0; i < count; i++)); do
-  JAX_PROCESS_ID=$i python -m tljax.train "$@" &
+  JAX_PROCESS_ID=$i "$python" -m tljax.train "$@" &
   pids+=($!)
 done
 
-# An interrupt reaches all of them; each saves and leaves.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
-code=0
-for pid in "${pids[@]}"; do
-  while true; do
-    wait "$pid"
+# An interrupt reaches all of them; they agree on a step, save and leave.
+trap 'kill -TERM "${pids[@]}"' INT TERM
+code=0 failed=0
+while ((${#pids[@]})); do
+  sleep 0.2
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    wait "${pids[i]}"
     status=$?
-    # A trapped signal ends `wait` early: ask again while the process is still there.
-    kill -0 "$pid" 2>/dev/null || break
+    unset "pids[i]"
+    if ((status && !code)); then code=$status failed=$SECONDS; fi
   done
-  if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then code=$status; fi
+  # Without the one that failed the others wait in vain: they have ten seconds to see it.
+  if ((code && SECONDS > failed + 10)); then kill -KILL "${pids[@]}" 2>/dev/null; fi
 done
 exit "$code"

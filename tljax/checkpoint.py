@@ -3,8 +3,10 @@
 The only file that imports orbax. The best checkpoint and the last two are kept; saving is asynchronous.
 """
 
+import contextlib
 import json
 import os
+import re
 from typing import Any
 
 import jax
@@ -45,6 +47,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(f"cannot keep checkpoints in {self.folder}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(f"{self.folder} holds no checkpoints: {_short(error)}") from error
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending."""
@@ -67,7 +71,7 @@ class Checkpoints:
         self.policy.best = best
         try:
             self.manager.save(step, args=args)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # also those of the save before this one
             raise UserError(self._failed(error)) from error
 
     def wait(self) -> None:
@@ -78,21 +82,34 @@ class Checkpoints:
             raise UserError(self._failed(error)) from error
 
     def _failed(self, error: Exception) -> str:
-        return f"cannot write a checkpoint to {self.folder}: {' '.join(str(error).split())[:300]}"
+        # From the disk: orbax counts the one that failed as well.
+        whole = sorted(int(name) for name in os.listdir(self.folder) if name.isdigit())
+        left = f"; the last whole one is of step {whole[-1]}" if whole else ""
+        return f"cannot write a checkpoint to {self.folder}: {_short(error)}{left}"
 
     def notes(self, step: int) -> dict:
         """The notes of a checkpoint."""
-        restored = self.manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
-        return restored["notes"]
+        with self._reading(step):
+            return self.manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
 
     def restore(self, step: int, like: Tree) -> Tree:
         """Returns the state of a checkpoint, placed and shaped as `like` (shapes with shardings).
 
         Raises UserError that names the leaves where the checkpoint holds another model's state.
         """
-        saved = self.manager.item_metadata(step)["state"]
-        self._compare(step, getattr(saved, "tree", saved), like)
-        return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+        with self._reading(step):
+            saved = self.manager.item_metadata(step)["state"]
+            self._compare(step, getattr(saved, "tree", saved), like)
+            return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        try:
+            yield
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            whole = f"{os.path.join(self.folder, str(step))} is damaged: {_short(error)}"
+            others = listing(s for s in self.steps() if s != step)
+            raise UserError(whole + (f"; delete it to go on from step {others}" if others else "")) from error
 
     def _compare(self, step: int, saved: Tree, like: Tree) -> None:
         """Orbax casts another dtype in silence and reports another structure in thousands of lines."""
@@ -111,6 +128,13 @@ class Checkpoints:
         """Waits, and ends orbax's threads."""
         self.wait()
         self.manager.close()
+
+
+def _short(error: Exception) -> str:
+    """Of tensorstore's pages the cause in the system's words, where it says it, else the beginning."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    system = re.search(r"([^:]+) \[os_error_code", text)
+    return system[1].strip() if system else text[:200]
 
 
 def _named(tree: Tree) -> Tree:

@@ -3,8 +3,12 @@
 import ast
 import hashlib
 import json
+import operator
+import os
 import re
 import sys
+import time
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -113,7 +117,10 @@ def duration(text: str, steps_per_epoch: float, field: str) -> int:
         number = float(match[1])
     except (TypeError, ValueError):
         raise UserError(f"config.{field} = {text!r}: expected 'n steps' or 'n epochs'") from None
-    return round(number * (steps_per_epoch if match[2] == "epoch" else 1))
+    steps = number * (steps_per_epoch if match[2] == "epoch" else 1)
+    if not steps < 2**31:
+        raise UserError(f"config.{field} = {text!r}: expected fewer than {2**31} steps")
+    return round(steps)
 
 
 CHOICES = {
@@ -126,7 +133,13 @@ CHOICES = {
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
 }
-AT_LEAST = {"batch_size": 1, "optim.accumulate": 1, "parallel.fsdp": 1, "data.threads": 1, "optim.lr": 0}
+AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
+    ("seed", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed", "data.limit",
+     "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2",
+     "optim.clip"), 0,
+) | {"drop_rate": -1, "drop_path_rate": -1}  # fmt: skip
+AT_MOST = {"seed": 2**32 - 1, "label_smoothing": 1}
+BELOW = dict.fromkeys(("ema", "drop_rate", "drop_path_rate", "optim.momentum", "optim.b1", "optim.b2"), 1)
 
 
 def check(config: ConfigDict) -> None:
@@ -136,12 +149,23 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.{field} is missing: start the config file from tljax.config.base()")
     for field in set(fields) - set(flatten(base())):
         raise UserError(f"unknown config field {field!r}{nearest(field, flatten(base()))}")
+    for field, default in flatten(base()).items():
+        kind, value = type(default), fields[field]
+        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise UserError(f"config.{field} = {value!r}: expected {kind.__name__}, as {default!r}")
+    for field in ("reset", "resize", "optim.no_decay"):
+        for pattern in fields[field]:
+            if not isinstance(pattern, str):
+                raise UserError(f"config.{field} = {fields[field]!r}: {pattern!r} is no path or pattern")
     for field, choices in CHOICES.items():
         if fields[field] not in choices:
             raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(choices)}")
-    for field, least in AT_LEAST.items():
-        if fields[field] < least:
-            raise UserError(f"config.{field} = {fields[field]!r}: expected at least {least}")
+    for bounds, fits, words in (
+        (AT_LEAST, operator.ge, "at least"), (AT_MOST, operator.le, "at most"), (BELOW, operator.lt, "less than"),
+    ):  # fmt: skip
+        for field, bound in bounds.items():
+            if not fits(fields[field], bound):
+                raise UserError(f"config.{field} = {fields[field]!r}: expected {words} {bound}")
     for field in ("train_for", "optim.warmup", "log_every", "eval_every", "checkpoint_every"):
         duration(fields[field], 1.0, field)
 
@@ -215,7 +239,9 @@ def from_command_line(argv: list[str], description: str, config: bool = True, **
         raise _unknown_field(argv, given) or UserError(f"{given}: {_one_line(error)}") from error
     except flags.Error as error:
         raise UserError(_one_line(error)) from error
-    except (SyntaxError, ImportError, NameError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the config file does
         raise UserError(f"{given}: {type(error).__name__}: {_one_line(error)}") from error
     if rest_help is not None:
         flags.DEFINE_list("rest", rest, rest_help, flag_values=values)
@@ -249,7 +275,7 @@ def _one_line(error: Exception) -> str:
 
 def _unknown_field(argv: list[str], given: str) -> UserError | None:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["tljax"])  # not the overrides
     try:
         values(["tljax", f"--config={given}"])
         fields = flatten(values.config)
@@ -299,11 +325,42 @@ def call(text: str, functions: dict, kind: str):
 
 
 def run(main) -> None:
-    """Runs `main(argv)`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main(argv)`. What the user can mend becomes one line on stderr and exit code 2; Ctrl-C, 130."""
     try:
         code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        _fail(130)
+    except Exception as error:
+        line = explained(error)
+        if line is None:
+            traceback.print_exc()
+            _fail(1)
+        print(f"error: {line}", file=sys.stderr)
+        _fail(2)
     sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def explained(error: Exception) -> str | None:
+    """The one line for what the user, not the code, must mend: bad input, the file system, memory; else None."""
+    if isinstance(error, UserError):
+        return _one_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    short = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if short or isinstance(error, MemoryError):
+        where = _one_line(error)[:200]
+        return f"out of memory: {where}; try a smaller config.batch_size or a larger config.optim.accumulate"
+    return None
+
+
+def _fail(code: int) -> None:
+    """Exits; one process of several does not wait for the others, as JAX's orderly end would: they wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("JAX_NUM_PROCESSES") or 1) > 1:
+        if os.environ.get("JAX_PROCESS_ID") == "0":
+            time.sleep(1)  # its end takes the others down: what fails in all of them fails there on its own
+        os._exit(code)
     raise SystemExit(code)

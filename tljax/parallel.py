@@ -1,6 +1,8 @@
 """Where things live: the mesh, the placement of state and batches, and the compiled steps (jit or pmap)."""
 
+import functools
 import os
+import sys
 from typing import Any
 
 import jax
@@ -37,12 +39,17 @@ def join() -> None:
     if len(given) < len(names):
         raise UserError(f"{', '.join(given)} set, but not {', '.join(set(names) - set(given))}: set all or none")
     address, count, index = (os.environ[name] for name in names)
+    if count == "1":
+        return
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: expected 0 <= id < number")
     try:
         jax.distributed.initialize(address, int(count), int(index))
     except RuntimeError as error:
         raise UserError(f"cannot join the other processes at {address}: {' '.join(str(error).split())}") from error
+    # gloo, which joins CPUs, announces its connections on file descriptor 1: Python keeps the real one to itself.
+    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Layout:
@@ -53,13 +60,19 @@ class Layout:
 
     def __init__(self, config: ConfigDict, batch_size: int, accumulate: int = 1, devices: int | None = None):
         self.mode = config.mode
-        self.devices = jax.devices()[:devices]
+        # Process by process: the parts of a batch lie in the order of the processes that read them.
+        self.devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
         self.local = [d for d in self.devices if d.process_index == jax.process_index()]
         count = len(self.devices)
         if count % config.fsdp:
             raise UserError(f"config.parallel.fsdp = {config.fsdp} does not divide the {count} devices")
         if self.mode == "pmap" and config.fsdp > 1:
             raise UserError("config.parallel.fsdp needs config.parallel.mode = 'jit'")
+        if self.mode == "pmap" and jax.process_count() > 1:
+            raise UserError(
+                f"config.parallel.mode = 'pmap' is for one process, not {jax.process_count()}: "
+                "its arrays belong to one process each; 'jit' gives the same results in any number"
+            )
         if batch_size % (count * accumulate):
             raise UserError(
                 f"config.batch_size = {batch_size} is not divisible by {count} devices"
@@ -144,12 +157,15 @@ class Layout:
             )  # fmt: skip
         return jax.jit(predict_step, out_shardings=self.replicated)
 
+    @functools.cached_property
+    def _gather(self):
+        return jax.jit(lambda tree: tree, out_shardings=self.replicated)
+
     def to_host(self, tree: Tree) -> Tree:
         """The whole arrays as numpy, also where a leaf is laid over several devices or processes."""
-        if jax.process_count() > 1 and self.mode == "jit":
-            shards = lambda x: isinstance(x, jax.Array) and not x.is_fully_replicated
-            if any(map(shards, jax.tree.leaves(tree))):
-                tree = jax.jit(lambda t: t, out_shardings=self.replicated)(tree)
+        reached = lambda x: not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        if not all(map(reached, jax.tree.leaves(tree))):
+            tree = self._gather(tree)
         return jax.tree.map(np.asarray, tree)
 
 

@@ -2,16 +2,22 @@
 
 Each function here returns a `Strategy`; given the stages from input to output it writes ordered rules
 `(pattern, multiplier)` for `tljax.plan`. In a config a strategy is written as the call itself:
-`config.strategy = "partial(last=4)"`.
+`config.strategy = "partial(last=4)"`. They compose: `first` puts rules before rules, `scaled` multiplies them,
+`within` sets them under a path.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 from tljax.config import call
-from tljax.errors import UserError, unknown
+from tljax.errors import UserError, nearest, unknown
+from tljax.plan import matches, under
 
 Rules = tuple[tuple[str, float], ...]
 Strategy = Callable[[tuple[str, ...]], Rules]
+# Modules are recognised by name: a strategy never sees what they hold.
+NORMS = "**/{*norm*,*Norm*,bn*,*_bn*,ln*,*_ln*}/{scale,bias}"
+ATTENTION = "**/{*attn*,*attention*,*Attention*}"
 
 
 def rules(*pairs: tuple[str, float]) -> Strategy:
@@ -22,7 +28,7 @@ def rules(*pairs: tuple[str, float]) -> Strategy:
             and len(pair) == 2
             and isinstance(pair[0], str)
             and isinstance(pair[1], int | float)
-            and pair[1] >= 0
+            and 0 <= pair[1] < math.inf
         ):
             raise UserError(f"rule {pair!r}: expected (pattern, multiplier >= 0)")
     return lambda stages: tuple((pattern, float(multiplier)) for pattern, multiplier in pairs)
@@ -44,7 +50,7 @@ def partial(last: int = -1, from_stage: str = "", body: float = 1.0) -> Strategy
         raise UserError(f"strategy partial(body={body!r}): expected a multiplier above 0")
 
     def write(stages):
-        before_head = len(stages) - 1
+        before_head = len(_counted(stages)) - 1
         if last > before_head:
             raise UserError(f"strategy partial(last={last}): the model has {before_head} stages before its head")
         start = _index(from_stage, stages) if from_stage else before_head - last
@@ -57,19 +63,37 @@ def full(body: float = 1.0) -> Strategy:
     """Trains everything, the stages before the head with `body` times the learning rate."""
     if not body > 0:
         raise UserError(f"strategy full(body={body!r}): expected a multiplier above 0")
-    return lambda stages: (("**", 1.0),) if body == 1 else ((stages[-1], 1.0), ("**", float(body)))
+    return lambda stages: (("**", 1.0),) if body == 1 else ((_counted(stages)[-1], 1.0), ("**", float(body)))
 
 
-def layerwise_decay(rate: float) -> Strategy:
-    """Multiplies the learning rate by `rate**depth`, depth counted in stages from the head (ULMFiT, BEiT)."""
+def layerwise_decay(rate: float, floor: float | dict[str, float] = 0.0) -> Strategy:
+    """Multiplies the learning rate by `rate**depth`, depth counted in stages from the head (ULMFiT, BEiT).
+
+    No multiplier falls below `floor`, which may differ by stage: `{"block1*": 0.1, "stem": 0.01}`, patterns of
+    stages of which the first that matches decides.
+    """
     if not 0 < rate <= 1:
         raise UserError(f"strategy layerwise_decay({rate}): expected 0 < rate <= 1")
-    return lambda stages: tuple((s, rate ** (len(stages) - 1 - i)) for i, s in enumerate(stages))
+    floors = floor if isinstance(floor, dict) else {"**": floor}
+    for value in floors.values():
+        if not 0 <= value <= 1:
+            raise UserError(f"strategy layerwise_decay(floor={floor!r}): expected 0 <= floor <= 1")
+
+    def write(stages):
+        for pattern in floors:
+            if not any(matches(pattern, stage) for stage in _counted(stages)):
+                raise UserError(
+                    f"strategy layerwise_decay: floor {pattern!r} matches no stage{nearest(pattern, stages)}"
+                )
+        least = lambda stage: next((value for pattern, value in floors.items() if matches(pattern, stage)), 0.0)
+        return tuple((s, max(rate ** (len(stages) - 1 - i), float(least(s)))) for i, s in enumerate(stages))
+
+    return write
 
 
 def surgical(stage: str) -> Strategy:
     """Trains one stage and the head (surgical fine-tuning, Lee et al. 2023)."""
-    return lambda stages: _only(dict.fromkeys((stages[_index(stage, stages)], stages[-1])), stages)
+    return lambda stages: _only(dict.fromkeys((_counted(stages)[_index(stage, stages)], stages[-1])), stages)
 
 
 def discriminative(groups: dict[str, float]) -> Strategy:
@@ -82,9 +106,58 @@ def discriminative(groups: dict[str, float]) -> Strategy:
     return rules(*groups.items())
 
 
+def head_and(*patterns: str, body: float = 1.0) -> Strategy:
+    """Trains the head and what the patterns match: `head_and("**/se_*", "block16/**/bias")`.
+
+    `body` multiplies the learning rate of what is before the head.
+    """
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"strategy head_and{patterns!r}: expected at least one pattern")
+    if not body > 0:
+        raise UserError(f"strategy head_and(body={body!r}): expected a multiplier above 0")
+    before_head = tuple((pattern, float(body)) for pattern in patterns)
+    return lambda stages: ((_counted(stages)[-1], 1.0), *before_head, ("**", 0.0))
+
+
+def biases_only(body: float = 1.0) -> Strategy:
+    """Trains every bias and the head (BitFit, Ben Zaken et al. 2022)."""
+    return head_and("**/bias", body=body)
+
+
+def norms_only(body: float = 1.0) -> Strategy:
+    """Trains the scales and biases of the norms and the head (Frankle et al. 2021).
+
+    A norm is a module with `norm`, or `bn` or `ln` as a word, in its name; its statistics move, as it trains.
+    """
+    return head_and(NORMS, body=body)
+
+
+def attention_only(body: float = 1.0) -> Strategy:
+    """Trains the attention modules (`attn`, `attention`) and the head (Touvron et al. 2022, "Three things …")."""
+    return head_and(ATTENTION, body=body)
+
+
 def first(*strategies: Strategy) -> Strategy:
     """Joins strategies; the rules of the earlier come first: `first(rules(("**/bn*", 0)), partial(last=2))`."""
     return lambda stages: tuple(rule for strategy in strategies for rule in strategy(stages))
+
+
+def scaled(strategy: Strategy, factor: float) -> Strategy:
+    """The strategy with every multiplier times `factor`, the head's included."""
+    if not 0 < factor < math.inf:
+        raise UserError(f"strategy scaled(factor={factor!r}): expected a factor above 0")
+    return lambda stages: tuple((pattern, multiplier * factor) for pattern, multiplier in strategy(stages))
+
+
+def within(prefix: str, strategy: Strategy, stages: tuple[str, ...] = ()) -> Strategy:
+    """The strategy under a path, for a model of several towers.
+
+    `first(within("image", partial(last=2), ("stem", "block1", "head")), within("text", full()))`; `stages` are
+    the tower's own, needed where the strategy counts or names stages. The last one is the tower's head.
+    """
+    if not prefix or prefix.startswith(("!", "re:")) or prefix.endswith("/"):
+        raise UserError(f"strategy within({prefix!r}, …): expected a path, as 'image' or 'towers/*'")
+    return lambda _: tuple((under(prefix, pattern), m) for pattern, m in strategy(tuple(stages)))
 
 
 def _only(live: Iterable[str], stages: tuple[str, ...], body: float = 1.0) -> Rules:
@@ -94,15 +167,35 @@ def _only(live: Iterable[str], stages: tuple[str, ...], body: float = 1.0) -> Ru
     return tuple((stage, 1.0 if stage == stages[-1] else float(body)) for stage in live) + rest
 
 
+def _counted(stages: tuple[str, ...]) -> tuple[str, ...]:
+    if not stages:
+        raise UserError("the strategy counts stages: name the tower's, within(prefix, strategy, ('stem', …, 'head'))")
+    return stages
+
+
 def _index(stage: str, stages: tuple[str, ...]) -> int:
     if stage not in stages:
         raise unknown("stage", stage, stages)
     return stages.index(stage)
 
 
-STRATEGIES = {f.__name__: f for f in (rules, frozen, partial, full, layerwise_decay, surgical, discriminative, first)}
+STRATEGIES = {
+    f.__name__: f
+    for f in (
+        rules, frozen, partial, full, layerwise_decay, surgical, discriminative, head_and, biases_only, norms_only,
+        attention_only, first, scaled, within,
+    )
+}  # fmt: skip
 
 
 def parse(text: str) -> Strategy:
     """Returns the strategy that a config's text calls. Raises UserError for unknown names and arguments."""
-    return call(text, STRATEGIES, "strategy")
+    strategy = call(text, STRATEGIES, "strategy")
+
+    def write(stages):
+        try:
+            return strategy(stages)
+        except TypeError as error:  # an argument of another type, met only now
+            raise UserError(f"strategy {text!r}: {error}") from None
+
+    return write

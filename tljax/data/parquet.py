@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tljax.data.table import Table, check_sha256, locate, split_name
+from tljax.data.table import Table, split_name
 from tljax.errors import UserError, unknown
+from tljax.files import check, locate
 
 
 class _Column:
@@ -34,12 +35,12 @@ def read(fields, path: str) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    place = locate(path, fields.extra)
+    place = locate(path, "data", fields.extra)
     files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
     if not files:
         raise UserError(f"no *.parquet files in {place}")
     if fields.sha256:
-        check_sha256(files, fields.sha256)
+        check(fields.sha256, *files)
     image_column, label_column = fields.image_column or "image", fields.label_column or "label"
     wanted = [image_column, label_column, *filter(None, (fields.coarse_column, fields.split_column))]
     tables = []

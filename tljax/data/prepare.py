@@ -5,9 +5,9 @@ python -m tljax.data.prepare fashion_mnist --data_dir=~/tensorflow_datasets [--m
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
+from tljax.config import run
 from tljax.data.tfds import data_root
 from tljax.errors import UserError, listing, unknown
 
@@ -20,7 +20,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "", download: bool 
     """
     for module in ("tensorflow_datasets", "tensorflow"):
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"{module} is not installed: pip install 'tljax[prepare]'")
+            raise UserError(f"{module} is not installed: pip install -e '.[prepare]'")
     import tensorflow_datasets as tfds
 
     root = data_root(data_dir)
@@ -44,20 +44,16 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "", download: bool 
     return Path(builder.data_dir)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code, 2 for a mistake of the user."""
+def main(argv: list[str]) -> int:
+    """Builds a TFDS data set."""
     parser = argparse.ArgumentParser("tljax.data.prepare", description="Builds a TFDS data set for tljax.")
     parser.add_argument("name", help="as TFDS spells it, for example emnist/balanced")
     parser.add_argument("--data_dir", default="", help="where to build it (default: TFDS's own)")
     parser.add_argument("--manual_dir", default="", help="where the raw files lie, under their original names")
     parser.add_argument("--download", action="store_true", help="fetch what manual_dir lacks")
-    try:
-        print("prepared:", prepare(**vars(parser.parse_args(arguments))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print("prepared:", prepare(**vars(parser.parse_args(argv))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

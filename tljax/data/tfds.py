@@ -36,7 +36,7 @@ def read(fields, name: str) -> Table:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise UserError("tensorflow_datasets is not installed: pip install 'tljax[prepare]'") from None
+        raise UserError("tensorflow_datasets is not installed: pip install -e '.[prepare]'") from None
     builder = tfds.builder_from_directory(_directory(name, fields.data_dir))
     if builder.info.file_format.value != "array_record":
         stored = builder.info.file_format.value

@@ -18,13 +18,14 @@ LIBRARIES = (
     "absl", "orbax", "jax", "jaxlib", "flax", "optax", "grain", "etils", "tensorboardX", "matplotlib", "PIL",
     "tensorflow", "tensorflow_datasets", "h5py", "asyncio", "fsspec", "ml_collections",
 )  # fmt: skip
+RAISING = ("absl", "orbax")  # orbax logs, by absl, the traceback of each thread that fails, and raises it again
 ACCURACIES = (("accuracy", "accuracy"), ("coarse_accuracy", "coarse accuracy"))
 LOSSES = (("macro_f1", "macro F1"), ("nll", "negative log-likelihood"), ("ece", "calibration error"))
 RATES = ("loss", "accuracy")  # what the bar shows, in this order; other metrics follow in plain lines
 
 
 def quiet_libraries():
-    """Silences the libraries' own logging and warnings; errors are still heard.
+    """Silences the libraries' own logging and warnings; errors are still heard, but where they are raised as well.
 
     Call it before jax is imported: XLA's C++ side reads its level from the environment once.
     """
@@ -33,10 +34,10 @@ def quiet_libraries():
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for name in LIBRARIES:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL if name in RAISING else logging.ERROR)
         # absl.app and jax set the level of their loggers anew when they start: a filter stays.
         if not any(isinstance(f, _ErrorsOnly) for f in logger.filters):
-            logger.addFilter(_ErrorsOnly())
+            logger.addFilter(_ErrorsOnly(name))
     if "absl.logging" in sys.modules:
         sys.modules["absl.logging"].set_verbosity("error")
     for name in LIBRARIES:
@@ -45,7 +46,7 @@ def quiet_libraries():
 
 class _ErrorsOnly(logging.Filter):
     def filter(self, record):
-        return record.levelno >= logging.ERROR
+        return record.levelno >= (logging.CRITICAL if self.name in RAISING else logging.ERROR)
 
 
 class Console:

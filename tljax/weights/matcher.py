@@ -17,6 +17,7 @@ import numpy as np
 
 from tljax import errors
 from tljax.errors import UserError, listing
+from tljax.plan import matches
 
 Row = tuple[str, str | Callable[[re.Match], str] | None, str]
 
@@ -102,8 +103,8 @@ def path_of(leaf: str) -> str:
 
 
 def covers(patterns: Iterable[str], path: str) -> bool:
-    """Whether a pattern is this path or a stage or module above it."""
-    return any(path == pattern or path.startswith(f"{pattern}/") for pattern in patterns)
+    """Whether a pattern, as in a plan's rules, matches the path: `head` names all below it."""
+    return any(matches(pattern, path) for pattern in patterns)
 
 
 def targets(names: Iterable[str], table: Sequence[Row]) -> dict[str, tuple[str | None, str] | None]:
