@@ -11,6 +11,7 @@ import pytest
 from conftest import changed, command
 
 from tljax import evaluate, predict, train
+from tljax import plan as plans
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
@@ -189,3 +190,55 @@ def test_sigterm_saves_and_the_run_goes_on(tiny, tmp_path):
     step = int(out.split("stopped by SIGTERM at step ")[1].split(",")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert "\x1b" not in out  # plain lines where the output is no terminal
+
+
+def test_phases_train_what_each_says_and_the_rest_stays(tiny, tmp_path):
+    """The stages outside all phases are bit-identical at the end; each phase compiles once."""
+    fields = {"phases": "phases(('9 steps', frozen()), ('rest', partial(last=1)))", "ema": 0.5, "optim_restart": "true"}
+    assert train.main(changed(tiny, tmp_path, **fields)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    exp, _, params, _, _ = evaluate.restore(Workdir(tmp_path))
+    (_, probe), (_, last) = exp.plans
+    assert summary["frozen"]["values"] == sum(size for path, size in last.frozen.items() if path in probe.frozen)
+    start, *_ = exp.load()
+    moved = {path: a.tobytes() != np.asarray(b).tobytes() for path, a, b in zip(
+        plans.paths(start), map(np.asarray, jax.tree.leaves(start)), jax.tree.leaves(params))}  # fmt: skip
+    assert {path for path in moved if moved[path]} == {leaf.path for leaf in last.trainable}
+    lr = {r["step"]: r["lr"] for r in Workdir(tmp_path).rows() if "lr" in r}
+    assert lr[12] > lr[8]  # the schedule began anew at step 9
+
+
+def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny, tmp_path):
+    fields = {"phases": "lp_ft(head='6 steps', then=partial(last=2))", "ema": 0.5, "checkpoint_every": "3 steps"}
+    whole = tmp_path / "whole"
+    assert train.main(changed(tiny, whole, **fields)) == 0
+    states = {}
+    for step in (6, 9):
+        # A run that ends at `step`, as a kill after that checkpoint would leave it.
+        part = tmp_path / str(step)
+        save = train.Checkpoints.save
+
+        class Killed(Exception):
+            pass
+
+        def killing(self, at, state, notes, best=None, step=step, save=save):
+            save(self, at, state, notes, best)
+            if at == step:
+                self.wait()
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Checkpoints, "save", killing)
+            with pytest.raises(Killed):
+                train.main(changed(tiny, part, **fields))
+        assert train.main(changed(tiny, part, **fields)) == 0
+        states[step] = part
+    for path in states.values():
+        a, b = (evaluate.restore(Workdir(p)) for p in (whole, path))
+        assert all(
+            x.tobytes() == y.tobytes() for x, y in zip(*(map(np.asarray, jax.tree.leaves(t[2:4])) for t in (a, b)))
+        )
+        rows = [
+            [{k: v for k, v in r.items() if k != "images_per_second"} for r in Workdir(p).rows()] for p in (whole, path)
+        ]
+        assert rows[0] == rows[1]

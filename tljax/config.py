@@ -34,6 +34,7 @@ def base() -> ConfigDict:
     config.resize = ()  # paths that are resized to fit (position embeddings)
 
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
+    config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
     config.train_for = "15 epochs"  # durations are "n steps" or "n epochs"
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
@@ -69,6 +70,7 @@ def base() -> ConfigDict:
     config.optim.lr = 1e-2  # peak
     config.optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
     config.optim.warmup = "1.5 epochs"
+    config.optim.restart = False  # whether the schedule begins anew with each phase
     config.optim.weight_decay = 0.1
     config.optim.no_decay = ("**/bias", "**/scale", "**/position*")
     config.optim.momentum = 0.9  # of sgd
@@ -324,8 +326,13 @@ def call(text: str, functions: dict, kind: str):
     return value(tree)
 
 
+LOST = re.compile("closed by peer|connection (reset|refused)|socket closed", re.IGNORECASE)  # as gloo and JAX say it
+
+
 def run(main) -> None:
     """Runs `main(argv)`. What the user can mend becomes one line on stderr and exit code 2; Ctrl-C, 130."""
+    # What Python raises is met below; this is for C++ threads, whose failures reach us as exceptions anyway.
+    sys.excepthook = lambda *_: None
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -352,6 +359,8 @@ def explained(error: Exception) -> str | None:
     if short or isinstance(error, MemoryError):
         where = _one_line(error)[:200]
         return f"out of memory: {where}; try a smaller config.batch_size or a larger config.optim.accumulate"
+    if type(error).__name__ == "JaxRuntimeError" and LOST.search(str(error)):
+        return f"another process of this run is gone; start all of them again ({_one_line(error)[:200]})"
     return None
 
 

@@ -14,21 +14,18 @@ from tljax.report.page import html
 from tljax.step import State, evaluated
 
 
-def conclude(run, state: State, like: State) -> None:
-    """Evaluates a `train.Run` on its whole test split and writes what its workdir shows.
-
-    `state` is the last one; `like` its shapes, to restore the best checkpoint where the config selects that.
-    """
+def conclude(run, state: State) -> None:
+    """Evaluates a `train.Run` on its whole test split and writes what its workdir shows. `state` is the last one."""
     steps = int(state.step)
-    run.verify(state)
-    best = run.notes["best"]
+    best, plan = run.notes["best"], run.plan
+    run.verify(state, plan)
     chosen = best["step"] if best and run.config.select == "best" else steps
     if chosen != steps:
         del state  # its memory is wanted
-        state = run.checkpoints.restore(chosen, like)
-        run.verify(state)
+        plan, like = run.exp.saved_at(chosen, len(run.dataset.train))
+        state = run.checkpoints.restore(chosen, run.layout.abstract(like))
     run.checkpoints.close()
-    params, stats = evaluated(state, run.plan)
+    params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
     with run.clock("eval"):
         for name in ("val", "test"):
@@ -83,11 +80,11 @@ def summary(run, steps: int) -> dict:
         "data": {"name": dataset.name, "licence": dataset.licence, "origin": dataset.origin}
         | {"classes": len(dataset.classes)}
         | splits,
-        "strategy": config.strategy,
+        "strategy": config.phases or config.strategy,
         "plan": plan.totals() | {"optimizer_bytes": run.optimizer_bytes, "digest": plan.digest},
         "frozen": {
-            "values": plan.frozen_count,
-            "digest": plans.combined(run.notes["frozen"]),
+            "values": sum(run.never_trained.values()),
+            "digest": plans.combined({path: run.notes["frozen"][path] for path in run.never_trained}),
             "verified": True,  # run.verify has raised otherwise
             "steps": steps,
         },

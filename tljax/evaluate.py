@@ -57,10 +57,10 @@ def restore(workdir: Workdir, which: str = ""):
     notes = checkpoints.notes(step)
     layout = parallel.Layout(config.parallel, config.batch_size)
     exp = experiment.build(config, len(notes["classes"]), layout)
-    tx, _ = exp.optimizer(*experiment.total_steps(config, notes["examples"]))
-    state = checkpoints.restore(step, layout.abstract(exp.state_shapes(tx)))
+    plan, like = exp.saved_at(step, notes["examples"])
+    state = checkpoints.restore(step, layout.abstract(like))
     checkpoints.close()
-    return exp, layout, *evaluated(state, exp.plan), notes
+    return exp, layout, *evaluated(state, plan), notes
 
 
 def main(argv: list[str]) -> int:

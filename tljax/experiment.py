@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import models, optim, strategies, weights
+from tljax import models, optim, phases, strategies, weights
 from tljax import plan as plans
 from tljax.config import check, duration
 from tljax.data.catalogue import CATALOGUE
@@ -40,17 +40,32 @@ class Experiment:
     card: weights.Card | None  # None: random weights
     preprocessing: Preprocessing
     shapes: dict  # {"params": …, "batch_stats": …} of jax.ShapeDtypeStruct
-    plan: plans.Plan
+    plans: tuple[tuple[str, plans.Plan], ...]  # (duration, plan) of each phase
 
-    def optimizer(self, total_steps: int, steps_per_epoch: float):
-        """Returns (gradient transformation over the trainable leaves, learning rate as a function of the step)."""
-        schedule = optim.learning_rate(self.config.optim, total_steps, steps_per_epoch)
-        return optim.optimizer(self.plan, self.config.optim, schedule), schedule
+    def in_time(self, examples: int) -> tuple[phases.Phase, ...]:
+        """The phases in steps, for so many training examples."""
+        return phases.resolve(self.plans, *total_steps(self.config, examples))
 
-    def state_shapes(self, tx: optax.GradientTransformation) -> State:
-        """Shapes and dtypes of the training state."""
+    def optimizer(self, phase: phases.Phase, examples: int):
+        """Returns (gradient transformation over what trains, learning rate as a function of the run's step)."""
+        config, (total, per_epoch) = self.config.optim, total_steps(self.config, examples)
+        if config.restart:
+            part = optim.learning_rate(config, phase.stop - phase.start, per_epoch)
+            schedule = lambda step: part(step - phase.start)
+        else:
+            schedule = optim.learning_rate(config, total, per_epoch)
+        return optim.optimizer(phase.plan, config, schedule, phase.births), schedule
+
+    def state_shapes(self, plan: plans.Plan, tx: optax.GradientTransformation) -> State:
+        """Shapes and dtypes of the training state under a plan."""
         params, stats = self.shapes["params"], self.shapes["batch_stats"]
-        return jax.eval_shape(lambda p, s: init_state(self.plan, tx, p, s, self.config.ema), params, stats)
+        return jax.eval_shape(lambda p, s: init_state(plan, tx, p, s, self.config.ema), params, stats)
+
+    def saved_at(self, step: int, examples: int) -> tuple[plans.Plan, State]:
+        """The plan of a checkpoint of that step, and the shapes of its state."""
+        found = self.in_time(examples)
+        phase = found[phases.index(found, step)]
+        return phase.plan, self.state_shapes(phase.plan, self.optimizer(phase, examples)[0])
 
     def load(self) -> tuple[dict, dict, weights.Report | None]:
         """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
@@ -93,9 +108,14 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         preprocessing = Preprocessing(size=card.input_size, **fields)
     shapes = models.shapes(model, size=preprocessing.size)
     shapes.setdefault("batch_stats", {})
-    rules = strategies.parse(config.strategy)(model.stages)
-    plan = plans.build(rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay)
-    return Experiment(config, model, card, preprocessing, shapes, plan)
+    pairs = ((phases.REST, strategies.parse(config.strategy)),)
+    if config.phases:
+        pairs = phases.parse(config.phases)(model.stages)
+    resolve = lambda rules: plans.build(
+        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay
+    )
+    timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
+    return Experiment(config, model, card, preprocessing, shapes, timed)
 
 
 def classes_without_data(config: ConfigDict) -> int:
@@ -109,19 +129,34 @@ def classes_without_data(config: ConfigDict) -> int:
 
 
 def plan_table(experiment: Experiment):
-    """The plan as a table (see tljax.report.table), optimizer bytes by `jax.eval_shape`."""
+    """The plan as a table (see tljax.report.table), optimizer bytes by `jax.eval_shape`; with phases the last one's."""
     from tljax.report.table import plan_table as table
 
-    plan = experiment.plan
-    tx, _ = experiment.optimizer(10**6, 1.0)  # the bytes do not depend on the length of the run
-    per_leaf, total = optim.state_bytes(tx, plan)
+    config, (_, plan) = experiment.config, experiment.plans[-1]
+    per_leaf, total = optim.state_bytes(optim.optimizer(plan, config.optim, lambda step: 1.0), plan)
     totals = plan.totals() | {
         "optimizer_bytes": total,
         "frozen prefix": f"{plan.prefix[0]} … {plan.prefix[-1]}" if plan.prefix else "none",
-        "strategy": experiment.config.strategy,
+        "strategy": config.phases or config.strategy,
         "digest": plan.digest[:16],
     }
+    if len(experiment.plans) > 1:
+        for i, (length, earlier) in enumerate(experiment.plans, 1):
+            totals[f"phase {i}, {length}"] = f"{earlier.totals()['trainable']:,} train, in {_runs(earlier)}"
     return table(plan.rows(per_leaf), totals, plan.rule_counts())
+
+
+def _runs(plan: plans.Plan) -> str:
+    """The live stages, neighbours as `first … last`."""
+    found = []
+    for i, stage in enumerate(plan.stages):
+        if stage in plan.live_stages:
+            if found and found[-1][-1] == i - 1:
+                found[-1].append(i)
+            else:
+                found.append([i])
+    name = lambda run: plan.stages[run[0]] + (f" … {plan.stages[run[-1]]}" if len(run) > 1 else "")
+    return ", ".join(map(name, found))
 
 
 @functools.cache

@@ -173,30 +173,18 @@ class Plan:
         """The frozen prefix: the stages from the input on that nothing trainable influences."""
         return self.stages[: self.stages.index(self.live_stages[0])]
 
-    def frozen_values(self, params: Tree, stats: Tree) -> dict[str, Any]:
-        """Every frozen leaf and every stored statistic that does not move, by `params/…` or `batch_stats/…`."""
-        frozen = {
-            f"params/{leaf.path}": value
-            for leaf, value in zip(self.leaves, self._flatten(params))
-            if not leaf.multiplier
-        }
-        for path, value in zip(paths(stats), jax.tree.leaves(stats)):
-            if path.rpartition("/")[0] not in self.live_norms:
-                frozen[f"batch_stats/{path}"] = value
-        return frozen
-
-    @property
-    def frozen_count(self) -> int:
-        """How many values are frozen: parameters and the statistics that do not move."""
-        still = sum(size for path, size in self.stats if path.rpartition("/")[0] not in self.live_norms)
-        return still + sum(leaf.size for leaf in self.leaves if not leaf.multiplier)
+    @functools.cached_property
+    def frozen(self) -> dict[str, int]:
+        """{path: number of values} of all that is frozen: `params/…`, and `batch_stats/…` that do not move."""
+        params = {f"params/{leaf.path}": leaf.size for leaf in self.leaves if not leaf.multiplier}
+        still = {f"batch_stats/{p}": n for p, n in self.stats if p.rpartition("/")[0] not in self.live_norms}
+        return params | still
 
     def frozen_digests(self, params: Tree, stats: Tree) -> dict[str, str]:
-        """SHA-256 of the bytes of every frozen value, by path: equal digests are equal bits."""
-        return {
-            path: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-            for path, value in self.frozen_values(params, stats).items()
-        }
+        """SHA-256 of the bytes of everything in `frozen`, by path: equal digests are equal bits."""
+        values = {f"params/{leaf.path}": value for leaf, value in zip(self.leaves, self._flatten(params))}
+        values |= {f"batch_stats/{path}": value for path, value in zip(paths(stats), jax.tree.leaves(stats))}
+        return {path: hashlib.sha256(np.ascontiguousarray(values[path]).tobytes()).hexdigest() for path in self.frozen}
 
     @property
     def digest(self) -> str:

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, data, ending, experiment, optim, parallel
+from tljax import STARTED, data, ending, experiment, optim, parallel, phases
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
 from tljax.evaluate import Evaluator
+from tljax.plan import Plan
 from tljax.report import metrics
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, make_train_step
@@ -63,10 +64,9 @@ class Run:
         with self.clock("data"):
             self.dataset = data.load(config.data)
         self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
-        self.plan = self.exp.plan
-        self.total, self.per_epoch = experiment.total_steps(config, len(self.dataset.train))
-        tx, self.schedule = self.exp.optimizer(self.total, self.per_epoch)
-        self.optimizer_bytes = optim.state_bytes(tx, self.plan)[1]
+        examples = len(self.dataset.train)
+        self.total, self.per_epoch = experiment.total_steps(config, examples)
+        self.phases = self.exp.in_time(examples)
 
         self.workdir.claim(config)
         finished = self.workdir.summary()
@@ -80,21 +80,22 @@ class Run:
         self.console.plan(table)
 
         self.checkpoints = Checkpoints(self.workdir.path / "checkpoints")
-        like = self.layout.abstract(self.exp.state_shapes(tx))
         latest = self.checkpoints.latest()
+        first = phases.index(self.phases, latest or 0)
         with self.clock("weights"):
-            state = self.begin(tx) if latest is None else self.resume(latest, like)
-        with self.clock("compile"):
-            self.compile(tx, like)
-        self.evaluate = Evaluator(self.exp, self.layout)
+            state = self.begin() if latest is None else self.resume(latest)
         self.workdir.rewind(int(state.step))
-        state = self.fit(state)
-        if int(state.step) < self.total and not self.ended_early():
-            self.console.print(
-                f"stopped by SIGTERM at step {int(state.step)}, saved; the same command goes on from there"
-            )
-            return TERMINATED
-        ending.conclude(self, state, like)
+        self.evaluate = Evaluator(self.exp, self.layout)
+        with Termination() as self.termination:
+            for i in range(first, len(self.phases)):
+                state, stopped = self.fit(self.enter(i, state))
+                if stopped:
+                    at = f"step {int(state.step)}"
+                    self.console.print(f"stopped by SIGTERM at {at}, saved; the same command goes on from there")
+                    return TERMINATED
+                if self.ended_early():
+                    break
+        ending.conclude(self, state)
         return 0
 
     def header(self) -> None:
@@ -112,34 +113,57 @@ class Run:
 
     # ---- the state
 
-    def begin(self, tx) -> State:
+    def begin(self) -> State:
         """The state before the first step: loaded weights, a fresh head."""
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+        phase, examples = self.phases[0], len(self.dataset.train)
         self.notes = {
             "step": 0, "best": None, "since_best": 0, "pending": [],
-            "classes": list(self.dataset.classes), "examples": len(self.dataset.train),
-            "data": self.dataset.digest, "frozen": self.plan.frozen_digests(params, stats),
+            "classes": list(self.dataset.classes), "examples": examples,
+            "data": self.dataset.digest, "frozen": phase.plan.frozen_digests(params, stats),
         }  # fmt: skip
-        return self.layout.place(
-            jax.jit(init_state, static_argnums=(0, 1, 4))(self.plan, tx, params, stats, self.config.ema)
-        )
+        tx, _ = self.exp.optimizer(phase, examples)
+        begin = jax.jit(init_state, static_argnums=(0, 1, 4))
+        return self.layout.place(begin(phase.plan, tx, params, stats, self.config.ema))
 
-    def resume(self, step: int, like: State) -> State:
+    def resume(self, step: int) -> State:
         """The state of a checkpoint, and what the run knew then. Raises UserError where something has changed."""
         self.notes = self.checkpoints.notes(step)
         if self.notes["data"] != self.dataset.digest:
             raise UserError(f"the data are not those that {self.workdir.path} was begun with")
-        state = self.checkpoints.restore(step, like)
-        self.verify(state)
+        plan, like = self.exp.saved_at(step, len(self.dataset.train))
+        state = self.checkpoints.restore(step, self.layout.abstract(like))
+        self.verify(state, plan)
         self.console.print(f"resumed from step {step}; the frozen values are those of the start")
         return state
 
-    def verify(self, state: State) -> None:
+    def enter(self, i: int, state: State) -> State:
+        """Begins, or goes on with, a phase: its plan, its optimizer, its one compiled step."""
+        self.phase, self.plan = self.phases[i], self.phases[i].plan
+        tx, self.schedule = self.exp.optimizer(self.phase, len(self.dataset.train))
+        _, self.optimizer_bytes = optim.state_bytes(tx, self.plan)
+        self.never_trained = phases.never_trained(self.phases[: i + 1])
+        if i and int(state.step) == self.phase.start:
+            self.verify(state, self.phases[i - 1].plan)
+            now = self.plan.frozen_digests(*self.layout.to_host((state.params, state.stats)))
+            # What stays frozen keeps the digest of its first day; what freezes now is held to what it is now.
+            self.notes["frozen"] = {path: self.notes["frozen"].get(path, digest) for path, digest in now.items()}
+            state = self.layout.place(phases.change(state, self.plan, tx))
+        if len(self.phases) > 1:
+            live = ", ".join(self.plan.live_stages)
+            self.console.print(
+                f"phase {i + 1} of {len(self.phases)}, steps {self.phase.start}–{self.phase.stop}: {live}"
+            )
+        with self.clock("compile"):
+            self.compile(tx, self.layout.abstract(self.exp.state_shapes(self.plan, tx)))
+        return state
+
+    def verify(self, state: State, plan: Plan) -> None:
         """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
         params, stats = self.layout.to_host((state.params, state.stats))
-        now = self.plan.frozen_digests(params, stats)
+        now = plan.frozen_digests(params, stats)
         moved = sorted(path for path, digest in self.notes["frozen"].items() if now.get(path) != digest)
         if moved:
             raise UserError(f"frozen values have changed by step {int(state.step)}: {listing(moved)}")
@@ -147,7 +171,7 @@ class Run:
     def save(self, state: State) -> None:
         """Begins to save a checkpoint, after proving that what is frozen has stayed."""
         with self.clock("checkpoints"):
-            self.verify(state)
+            self.verify(state, self.plan)
             self.notes["step"] = int(state.step)
             best = self.notes["best"]
             self.checkpoints.save(int(state.step), state, self.notes, best["step"] if best else None)
@@ -165,24 +189,21 @@ class Run:
 
     # ---- the loop
 
-    def fit(self, state: State) -> State:
-        """Runs the steps that are left, or up to SIGTERM or early stopping."""
+    def fit(self, state: State) -> tuple[State, bool]:
+        """Runs the steps that are left of the phase. Returns the state, and whether SIGTERM ended it, after a save."""
         config, p, start = self.config, self.exp.preprocessing, int(state.step)
         every = {
             name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
             for name in ("log", "eval", "checkpoint")
         }
         batches = data.train_batches(
-            self.dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start, stop_step=self.total,
-            size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
+            self.dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start,
+            stop_step=self.phase.stop, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
             threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
         )  # fmt: skip
         pending = self.notes["pending"]  # metrics of the steps since the last row
-        with (
-            Termination() as stop,
-            self.console.progress(self.total, start, every["log"]) as bar,
-            contextlib.closing(batches),
-        ):
+        stopping = False
+        with self.console.progress(self.total, start, every["log"]) as bar, contextlib.closing(batches):
             begun, counted = time.time(), 0
             for step, batch in enumerate(batches, start + 1):
                 if self.ended_early():
@@ -192,11 +213,12 @@ class Run:
                 counted += 1
                 if step == start + 1:
                     jax.block_until_ready(measured)
-                    self.first_step = round(time.time() - STARTED, 2)
-                    self.console.print(f"first step {self.first_step:.1f} s after the command")
+                    if self.first_step is None:
+                        self.first_step = round(time.time() - STARTED, 2)
+                        self.console.print(f"first step {self.first_step:.1f} s after the command")
                     begun, counted = time.time(), 0  # what follows is the steady pace
                 due = {name for name, n in every.items() if step % n == 0 or step == self.total}
-                stopping = self.checkpoints.preempted(step) if jax.process_count() > 1 else stop.received
+                stopping = self.checkpoints.preempted(step) if jax.process_count() > 1 else self.termination.received
                 if not (due or stopping):
                     continue
                 pending[:] = self.fetched(pending, step)
@@ -218,7 +240,7 @@ class Run:
                 begun, counted = time.time(), 0
         with self.clock("checkpoints"):
             self.checkpoints.wait()
-        return state
+        return state, stopping
 
     def fetched(self, pending: list[dict], step: int) -> list[dict]:
         """The pending metrics as floats. Raises UserError at the first loss that is not finite."""
