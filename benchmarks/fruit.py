@@ -69,10 +69,10 @@ def reference() -> tuple[float, float]:
     return float((guess == labels).mean()), float((coarse[guess] == coarse[labels]).mean())
 
 
-def spread(values: list[float], scale: float = 100) -> str:
+def spread(values: list[float], digits: int = 1, scale: float = 100) -> str:
     """Mean ± sample standard deviation."""
     sd = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-    return f"{scale * np.mean(values):.1f} ± {scale * sd:.1f}"
+    return f"{scale * np.mean(values):.{digits}f} ± {scale * sd:.{digits}f}"
 
 
 def table(runs: dict[str, list[dict]]) -> str:
@@ -92,7 +92,7 @@ def table(runs: dict[str, list[dict]]) -> str:
         test = [s["test"] for s in found]
         lines.append(
             f"| `{name}` | {len(found)} | {spread([t['accuracy'] for t in test])} | "
-            f"{spread([t['coarse_accuracy'] for t in test])} | {spread([t['nll'] for t in test], 1)} | "
+            f"{spread([t['coarse_accuracy'] for t in test])} | {spread([t['nll'] for t in test], 3, 1)} | "
             f"{found[0]['plan']['trainable'] / found[0]['plan']['parameters']:.1%} | "
             f"{flops[name] / 1e9:.1f} ({flops[name] / whole:.2f}) | {found[0]['temporary_bytes'] / 1e9:.2f} | "
             f"{np.median([s['peak_memory_bytes'] for s in found]) / 1e9:.2f} | "
@@ -122,7 +122,7 @@ def main():
             ]
             val = [s["val"]["accuracy"] for s in found]
             print(
-                f"{name}: fine accuracy over 5 folds {spread(val)} %, NLL {spread([s['val']['nll'] for s in found], 1)}"
+                f"{name}: fine accuracy over 5 folds {spread(val)} %, NLL {spread([s['val']['nll'] for s in found], 3, 1)}"
             )
         return
     runs = {

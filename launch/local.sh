@@ -29,7 +29,7 @@ for ((i = 0; i < count; i++)); do
 done
 
 # An interrupt reaches all of them; they agree on a step, save and leave.
-trap 'kill -TERM "${pids[@]}"' INT TERM
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
 code=0 failed=0
 while ((${#pids[@]})); do
   sleep 0.2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -103,12 +104,20 @@ def test_another_config_in_the_same_workdir_is_refused_by_field(tiny, trained):
 
 @pytest.mark.parametrize("fields", [{"parallel_mode": "pmap"}, {"parallel_fsdp": 2}])
 def test_pmap_and_fsdp_end_with_the_figures_of_jit(tiny, trained, tmp_path, fields):
+    """Also when they go on from a checkpoint, and when one device evaluates what eight have trained."""
     assert train.main(changed(tiny, tmp_path, **fields)) == 0
     new, old = (json.loads((p / "summary.json").read_text()) for p in (tmp_path, trained))
     assert new["test"]["nll"] == pytest.approx(old["test"]["nll"], rel=1e-3)
     assert new["frozen"] == old["frozen"]
     losses = [[row["train/loss"] for row in Workdir(p).rows() if "train/loss" in row] for p in (tmp_path, trained)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    shutil.rmtree(tmp_path / "checkpoints" / "24")
+    (tmp_path / "summary.json").unlink()
+    assert train.main(changed(tiny, tmp_path, **fields)) == 0
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert again["test"] == new["test"]
+    out, err = command("tljax.evaluate", f"--workdir={tmp_path}", devices=1).communicate(timeout=120)
+    assert "the same figures" in out, err
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best(tiny, tmp_path):

@@ -8,8 +8,8 @@ import importlib
 import time
 
 STARTED = time.time()  # as near to the command as Python code comes: for the time to the first step
-_HOMES = {"Plan": "plan", "build": "plan", "freeze": "optim", "scales": "optim"}
-__all__ = ["STARTED", "Plan", "build", "freeze", "scales"]
+_HOMES = {"Plan": "plan", "build": "plan", "freeze": "optim", "lint": "leaks", "scales": "optim"}
+__all__ = ["STARTED", "Plan", "build", "freeze", "lint", "scales"]
 
 
 def __getattr__(name: str):

@@ -37,6 +37,8 @@ class Checkpoints:
         self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
         try:
+            if create:
+                os.makedirs(self.folder, exist_ok=True)
             self.manager = ocp.CheckpointManager(
                 os.path.abspath(self.folder),
                 options=ocp.CheckpointManagerOptions(preservation_policy=self.policy, create=create),
@@ -83,7 +85,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> str:
         # From the disk: orbax counts the one that failed as well.
-        whole = sorted(int(name) for name in os.listdir(self.folder) if name.isdigit())
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        whole = sorted(int(name) for name in names if name.isdigit())
         left = f"; the last whole one is of step {whole[-1]}" if whole else ""
         return f"cannot write a checkpoint to {self.folder}: {_short(error)}{left}"
 
@@ -106,9 +109,11 @@ class Checkpoints:
     def _reading(self, step: int):
         try:
             yield
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-            whole = f"{os.path.join(self.folder, str(step))} is damaged: {_short(error)}"
-            others = listing(s for s in self.steps() if s != step)
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax raises any kind, Exception itself among them
+            whole = f"{os.path.join(self.folder, str(step))} is damaged: {_short(error.__cause__ or error)}"
+            others = listing(str(s) for s in self.steps() if s != step)
             raise UserError(whole + (f"; delete it to go on from step {others}" if others else "")) from error
 
     def _compare(self, step: int, saved: Tree, like: Tree) -> None:
@@ -121,6 +126,7 @@ class Checkpoints:
         have, want = describe(saved), describe(_named(like))
         wrong = [f"{p} missing" for p in want if p not in have] + [f"{p} unexpected" for p in have if p not in want]
         wrong += [f"{p} is {have[p]}, expected {want[p]}" for p in want if p in have and have[p] != want[p]]
+        wrong.sort(key=lambda line: not line.startswith("params/"))  # what tells most comes first
         if wrong:
             raise UserError(f"checkpoint {step} of {self.folder} is another model's or plan's: {listing(wrong, 5)}")
 

@@ -331,8 +331,8 @@ LOST = re.compile("closed by peer|connection (reset|refused)|socket closed", re.
 
 def run(main) -> None:
     """Runs `main(argv)`. What the user can mend becomes one line on stderr and exit code 2; Ctrl-C, 130."""
-    # What Python raises is met below; this is for C++ threads, whose failures reach us as exceptions anyway.
-    sys.excepthook = lambda *_: None
+    # What the libraries' C++ threads cannot raise, Python prints; it reaches us as an exception of theirs anyway.
+    sys.unraisablehook = lambda *_: None
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -343,7 +343,7 @@ def run(main) -> None:
         if line is None:
             traceback.print_exc()
             _fail(1)
-        print(f"error: {line}", file=sys.stderr)
+        sys.stderr.write(f"error: {line}\n")  # in one piece, where several processes write
         _fail(2)
     sys.stdout.flush()
     raise SystemExit(code)

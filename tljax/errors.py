@@ -22,6 +22,6 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> UserError:
 
 def listing(names: Iterable[str], first: int = 10) -> str:
     """The first `first` names and the count of the others: `a, b, c and 12 more`."""
-    names = list(names)
+    names = [str(name) for name in names]
     more = len(names) - first
     return ", ".join(names[:first]) + (f" and {more} more" if more > 0 else "")

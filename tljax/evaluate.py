@@ -25,7 +25,7 @@ class Evaluator:
         """Returns float32 logits [examples, classes]."""
         config, p = self.exp.config, self.exp.preprocessing
         batches = data.eval_batches(
-            split, batch_size=config.batch_size, size=p.size, crop=p.crop, interpolation=p.interpolation,
+            split, batch_size=self.layout.batch_size, size=p.size, crop=p.crop, interpolation=p.interpolation,
             threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
         )  # fmt: skip
         logits = [
@@ -55,7 +55,7 @@ def restore(workdir: Workdir, which: str = ""):
         )
     step = int(step)
     notes = checkpoints.notes(step)
-    layout = parallel.Layout(config.parallel, config.batch_size)
+    layout = parallel.Layout.for_evaluation(config.batch_size)
     exp = experiment.build(config, len(notes["classes"]), layout)
     plan, like = exp.saved_at(step, notes["examples"])
     state = checkpoints.restore(step, layout.abstract(like))

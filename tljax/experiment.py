@@ -13,6 +13,7 @@ from tljax import models, optim, phases, strategies, weights
 from tljax import plan as plans
 from tljax.config import check, duration
 from tljax.data.catalogue import CATALOGUE
+from tljax.data.pipeline import Augment
 from tljax.errors import UserError
 from tljax.parallel import Layout
 from tljax.step import State, init_state
@@ -90,6 +91,7 @@ class Experiment:
 def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Experiment:
     """Resolves a config. Raises UserError for whatever in it does not exist or does not fit."""
     check(config)
+    Augment.of(config.augment)
     card = weights.card(config.weights, config.model) if config.weights else None
     rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
     model = models.create(
@@ -108,6 +110,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         preprocessing = Preprocessing(size=card.input_size, **fields)
     shapes = models.shapes(model, size=preprocessing.size)
     shapes.setdefault("batch_stats", {})
+    weights.check(card, config.model, plans.paths(shapes), config.reset, config.resize)
     pairs = ((phases.REST, strategies.parse(config.strategy)),)
     if config.phases:
         pairs = phases.parse(config.phases)(model.stages)

@@ -59,7 +59,7 @@ class Layout:
     """
 
     def __init__(self, config: ConfigDict, batch_size: int, accumulate: int = 1, devices: int | None = None):
-        self.mode = config.mode
+        self.mode, self.batch_size = config.mode, batch_size
         # Process by process: the parts of a batch lie in the order of the processes that read them.
         self.devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
         self.local = [d for d in self.devices if d.process_index == jax.process_index()]
@@ -82,6 +82,12 @@ class Layout:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH))
 
+    @classmethod
+    def for_evaluation(cls, batch_size: int) -> "Layout":
+        """Plain data parallelism over the devices that are here, whatever a run was trained on."""
+        count = jax.device_count()
+        return cls(ConfigDict({"mode": "jit", "fsdp": 1}), -(-batch_size // count) * count)
+
     @property
     def axis_name(self) -> str | None:
         """The axis over which modules and the step reduce by hand: only under pmap."""
@@ -89,6 +95,9 @@ class Layout:
 
     def shardings(self, tree: Tree) -> Tree:
         """Replicated; under FSDP the largest divisible dimension of each large leaf is laid over `fsdp`."""
+        if self.mode == "pmap":  # the placement that its own outputs have
+            whole = NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec())
+            return jax.tree.map(lambda _: whole, tree)
         size = self.mesh.shape["fsdp"]
 
         def sharding(leaf):
@@ -102,15 +111,11 @@ class Layout:
         return jax.tree.map(sharding, tree)
 
     def abstract(self, tree: Tree) -> Tree:
-        """Shapes, dtypes and shardings of a state, for compiling and restoring; under pmap unplaced."""
-        if self.mode == "pmap":
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        """Shapes, dtypes and shardings of a state, for compiling and restoring."""
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, self.shardings(tree))
 
     def place(self, tree: Tree) -> Tree:
         """Puts a state on the devices, as buffers of its own (they are donated to the step)."""
-        if self.mode == "pmap":
-            return jax.tree.map(lambda x: jax.device_put(x, may_alias=False), tree)
         return jax.tree.map(lambda x, s: jax.device_put(x, s, may_alias=False), tree, self.shardings(tree))
 
     def place_batch(self, batch: dict) -> dict:
@@ -127,10 +132,10 @@ class Layout:
             return {k: jax.ShapeDtypeStruct((local, b, *s[1:]), d) for k, (s, d) in shapes.items()}
         return {k: jax.ShapeDtypeStruct(s, d, sharding=self.batch) for k, (s, d) in shapes.items()}
 
-    def compile_train(self, train_step, state: Tree, batch: dict):
-        """Compiles `train_step(state, batch) -> (state, metrics)`; the state is donated."""
+    def program(self, train_step, state: Tree):
+        """`train_step(state, batch) -> (state, metrics)` as it runs on the devices; the state is donated."""
         if self.mode == "pmap":
-            step = jax.pmap(
+            return jax.pmap(
                 train_step,
                 axis_name=AXIS,
                 in_axes=(None, 0),
@@ -138,15 +143,17 @@ class Layout:
                 donate_argnums=(0,),
                 devices=self.devices,
             )
-        else:
-            shardings = self.shardings(state)
-            step = jax.jit(
-                train_step,
-                in_shardings=(shardings, self.batch),
-                out_shardings=(shardings, self.replicated),
-                donate_argnums=(0,),
-            )
-        return step.lower(self.abstract(state), batch).compile()
+        shardings = self.shardings(state)
+        return jax.jit(
+            train_step,
+            in_shardings=(shardings, self.batch),
+            out_shardings=(shardings, self.replicated),
+            donate_argnums=(0,),
+        )
+
+    def compile_train(self, train_step, state: Tree, batch: dict):
+        """Compiles `train_step(state, batch) -> (state, metrics)`."""
+        return self.program(train_step, state).lower(self.abstract(state), batch).compile()
 
     def compile_predict(self, predict_step):
         """Jits `predict_step(params, stats, images) -> logits`; logits come back whole on every process."""

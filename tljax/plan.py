@@ -286,8 +286,22 @@ def main(argv: list[str]) -> int:
     from tljax.config import from_command_line
     from tljax.report.console import Console
 
-    config = from_command_line(argv, main.__doc__).config
-    Console().plan(experiment.plan_table(experiment.build(config, experiment.classes_without_data(config))))
+    flags = from_command_line(
+        ["--cost=yes" if arg == "--cost" else arg for arg in argv],
+        main.__doc__,
+        cost="--cost also prints what a step costs, as the compiler estimates it",
+        compare="strategies to compare by cost, as frozen,partial:last=2,full",
+        devices="so many devices for --cost (default: 1)",
+        picture="where --compare draws (default: plan.png)",
+    )
+    config, console = flags.config, Console()
+    classes = experiment.classes_without_data(config)
+    console.plan(experiment.plan_table(experiment.build(config, classes)))
+    if flags.cost or flags.compare:
+        from tljax import cost
+
+        for line in cost.main_lines(config, classes, flags.compare, flags.devices, flags.picture):
+            console.print(line)
     return 0
 
 

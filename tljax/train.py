@@ -18,6 +18,7 @@ from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
 from tljax.evaluate import Evaluator
+from tljax.leaks import lint
 from tljax.plan import Plan
 from tljax.report import metrics
 from tljax.report.console import Console, quiet_libraries
@@ -177,7 +178,7 @@ class Run:
             self.checkpoints.save(int(state.step), state, self.notes, best["step"] if best else None)
 
     def compile(self, tx, like: State) -> None:
-        """Compiles the one train step, and asks the compiler what it costs."""
+        """Compiles the one train step, after a look for gradients of frozen leaves in it."""
         config, p = self.config, self.exp.preprocessing
         step = make_train_step(
             self.exp.model, self.plan, tx, mean=p.mean, std=p.std, num_classes=len(self.dataset.classes),
@@ -185,7 +186,11 @@ class Run:
             ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=self.layout.axis_name,
         )  # fmt: skip
         batch = self.layout.abstract_batch(config.batch_size, p.size)
-        self.train_step = self.layout.compile_train(step, like, batch)
+        program = self.layout.program(step, like)
+        leaks = lint(program, self.plan, like, batch)  # before compiling, which takes over what was traced
+        for line in leaks or ("no gradient of a frozen leaf is formed",):
+            self.console.print(f"lint: {line}")
+        self.train_step = program.lower(like, batch).compile()
 
     # ---- the loop
 

@@ -42,11 +42,13 @@ class Workdir:
         """The config of the run. Raises UserError where there is none."""
         file = self.path / "config.json"
         try:
-            return configs.from_json(file.read_text())
+            config = configs.from_json(file.read_text())
+            configs.check(config)
+            return config
         except FileNotFoundError:
             raise UserError(f"{self.path} is no workdir of a run: it has no config.json") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{file} cannot be used: {getattr(error, 'strerror', None) or error}") from error
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole: a reader, or a crash, never meets half of it."""

@@ -42,14 +42,17 @@ class Augment:
             config = cls(**{name: value for name, value in dict(config or {}).items() if name in names})
         if not 0 < config.crop_min_scale <= 1:
             raise UserError(f"augment.crop_min_scale is {config.crop_min_scale}, expected a part of the area, 0 to 1")
-        if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
+        ratio, randaugment = tuple(config.crop_ratio), tuple(config.randaugment)
+        numbers = all(isinstance(value, int | float) for value in ratio)
+        if len(ratio) != 2 or not numbers or not 0 < ratio[0] <= ratio[1]:
             raise UserError(
                 f"augment.crop_ratio is {tuple(config.crop_ratio)}, expected (smallest, largest) width / height"
             )
         if config.color_jitter < 0:
             raise UserError(f"augment.color_jitter is {config.color_jitter}, expected 0 or more")
-        if config.randaugment and (
-            len(config.randaugment) != 2 or config.randaugment[0] < 1 or not 0 <= config.randaugment[1] <= 10
+        kinds = [isinstance(value, kind) for value, kind in zip(randaugment, (int, int | float))]
+        if randaugment and (
+            len(randaugment) != 2 or not all(kinds) or randaugment[0] < 1 or not 0 <= randaugment[1] <= 10
         ):
             raise UserError(
                 f"augment.randaugment is {tuple(config.randaugment)}, expected (operations, magnitude 0 to 10) or ()"

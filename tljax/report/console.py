@@ -18,7 +18,7 @@ LIBRARIES = (
     "absl", "orbax", "jax", "jaxlib", "flax", "optax", "grain", "etils", "tensorboardX", "matplotlib", "PIL",
     "tensorflow", "tensorflow_datasets", "h5py", "asyncio", "fsspec", "ml_collections",
 )  # fmt: skip
-RAISING = ("absl", "orbax")  # orbax logs, by absl, the traceback of each thread that fails, and raises it again
+RAISING = ("absl", "orbax", "asyncio")  # orbax logs the traceback of every thread that fails, and raises it again
 ACCURACIES = (("accuracy", "accuracy"), ("coarse_accuracy", "coarse accuracy"))
 LOSSES = (("macro_f1", "macro F1"), ("nll", "negative log-likelihood"), ("ece", "calibration error"))
 RATES = ("loss", "accuracy")  # what the bar shows, in this order; other metrics follow in plain lines
@@ -40,6 +40,7 @@ def quiet_libraries():
             logger.addFilter(_ErrorsOnly(name))
     if "absl.logging" in sys.modules:
         sys.modules["absl.logging"].set_verbosity("error")
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")  # orbax's, when a save fails
     for name in LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
 

@@ -193,6 +193,29 @@ def _tile(ax, item):
     ax.text(0, -0.215, name if len(name) <= 34 else "…" + name[-33:], color=GREY, **below)
 
 
+def costs(estimates, path):
+    """Draws FLOPs, of the compiler and of theory, against the trainable share; returns the Figure.
+
+    estimates: `tljax.cost.Estimate`s.
+    """
+    most, theory = (max(getattr(e, name) for e in estimates) or 1 for name in ("flops", "theory"))
+    with _figure(6.4, 4.2) as figure:
+        ax = figure.subplots()
+        ax.set_title("cost of a step against what trains")
+        ax.set_xlabel("trainable share of the parameters, %")
+        ax.set_ylabel("FLOPs, % of the costliest")
+        shares = [100 * e.trainable for e in estimates]
+        ax.scatter(shares, [100 * e.theory / theory for e in estimates], s=64, facecolors="none", edgecolors=GREY,
+                   label="theory")  # fmt: skip
+        ax.scatter(shares, [100 * e.flops / most for e in estimates], s=26, color=TRAIN, label="compiler estimate")
+        for share, e in zip(shares, estimates):
+            ax.annotate(_short(e.strategy), (share, 100 * e.flops / most), (6, -11), textcoords="offset points",
+                        ha="right" if share > 60 else "left", color=INK, fontsize=8)  # fmt: skip
+        ax.set_ylim(0, 108)
+        ax.legend(loc="lower right")
+        return _saved(figure, path)
+
+
 def _short(name, length: int = 28) -> str:
     name = str(name)
     return name if len(name) <= length else name[: length - 1] + "…"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,10 @@ def load(
     model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
     """
     found = spec if isinstance(spec, Card) else card(spec, model_name)
-    if found.model and found.model != model_name:
-        shown = found.name if isinstance(spec, Card) else spec
-        raise UserError(f"weights {shown!r} are of the model {found.model}, not {model_name}")
     shapes = {"params": {}, "batch_stats": {}, **shapes}
     leaves = {path: tuple(leaf.shape) for path, leaf in matcher.flatten(shapes).items()}
-    reset, resize = _patterns(reset), _patterns(resize)
-    matcher.check_reset(reset, leaves)
-    if resize:
-        raise UserError(f"resize={', '.join(resize)}: no leaf of {model_name} has a way to be resized")
-
+    reset = _patterns(reset)
+    check(found, model_name, leaves, reset, resize)
     path = _file(found.source, found.name)
     if found.sha256:
         files.check(found.sha256, path)
@@ -124,6 +118,17 @@ def load(
         raise matcher.mismatch(result, str(path), model_name, naming, table)
     filled = matcher.fill(arrays, result, shapes)
     return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))
+
+
+def check(
+    found: Card | None, model_name: str, leaves: Iterable[str], reset: Sequence[str] = (), resize: Sequence[str] = ()
+) -> None:
+    """Raises UserError for what is wrong before any file is read: a card of another model, patterns without a leaf."""
+    if found and found.model and found.model != model_name:
+        raise UserError(f"weights {found.name!r} are of the model {found.model}, not {model_name}")
+    matcher.check_reset(_patterns(reset), leaves)
+    if resize:
+        raise UserError(f"resize={', '.join(_patterns(resize))}: no leaf of {model_name} has a way to be resized")
 
 
 def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             f"{path}: refused {_one_line(refusal)} in the pickle: only tensors are read; nothing in the file was run"
         ) from None
     except _DAMAGED as error:
-        detail = _one_line(error) or type(error).__name__
+        detail = f"{type(error).__name__}: {_one_line(error)}"
         raise UserError(f"{path}: damaged, truncated or no PyTorch weights file ({detail})") from error
 
 
