@@ -120,10 +120,8 @@ def main():
                 )
                 for k in range(1, 6)
             ]
-            val = [s["val"]["accuracy"] for s in found]
-            print(
-                f"{name}: fine accuracy over 5 folds {spread(val)} %, NLL {spread([s['val']['nll'] for s in found], 3, 1)}"
-            )
+            accuracy, nll = ([s["val"][key] for s in found] for key in ("accuracy", "nll"))
+            print(f"{name}: fine accuracy over 5 folds {spread(accuracy)} %, NLL {spread(nll, 3, 1)}")
         return
     runs = {
         name: [

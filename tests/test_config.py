@@ -2,6 +2,7 @@
 
 import pytest
 
+from tljax import command
 from tljax import config as configs
 from tljax.errors import UserError
 
@@ -24,7 +25,7 @@ def file(tmp_path):
 
 
 def read(*argv):
-    return configs.from_command_line(list(argv), "About.", workdir="the folder")
+    return command.from_command_line(list(argv), "About.", workdir="the folder")
 
 
 def test_overrides_and_arguments(file):

@@ -14,6 +14,7 @@ import tljax
 from tljax import config as configs
 from tljax import models, optim, strategies
 from tljax import plan as plans
+from tljax.cost import collective_bytes
 from tljax.errors import UserError
 from tljax.step import init_state, make_train_step
 
@@ -284,6 +285,21 @@ def test_a_collective_over_all_gradients(how, mistake):
     assert leaves(found) == (FROZEN if mistake else set())
 
 
+def test_a_collective_whose_frozen_part_is_dropped_is_no_finding_and_no_traffic():
+    """The mean of all gradients is written, that of frozen ones used by nothing: the compiler moves no byte of it."""
+
+    def step(params, batch):
+        grads = jax.lax.pmean(jax.grad(loss_fn)(params, batch), "devices")
+        return masked(params, grads)
+
+    mesh = Mesh(np.array(jax.devices()[:2]), "devices")
+    specs = PartitionSpec(), PartitionSpec("devices")
+    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    assert lines(step, PARAMS, BATCH) == ""
+    moved = collective_bytes(jax.jit(step).lower(PARAMS, BATCH).compile())
+    assert moved == {"all-reduce": sum(leaf.nbytes for leaf in PLAN.trainable)}
+
+
 def test_a_stop_gradient_before_a_scan_comes_too_late():
     """Frozen and trainable layers as one array: the backward pass cannot tell them apart, and runs through all."""
 
@@ -366,3 +382,12 @@ def test_parted_parameters_and_places():
         tljax.lint(step, PLAN, moments, trainable, frozen, BATCH, params="1")
     with pytest.raises(UserError, match="no argument holds the frozen leaves"):
         tljax.lint(lambda batch: batch["x"].sum(), PLAN, BATCH)
+
+
+def test_silence_is_never_for_want_of_looking(monkeypatch):
+    """A step without a backward pass, or a JAX that marks it otherwise, is an error and not a clean bill."""
+    with pytest.raises(UserError, match="nothing was looked at"):
+        tljax.lint(loss_fn, PLAN, PARAMS, BATCH)
+    monkeypatch.setattr("tljax.dataflow.backward", lambda eqn: False)
+    with pytest.raises(UserError, match="nothing was looked at"):
+        tljax.lint(split_step, PLAN, PARAMS, BATCH)

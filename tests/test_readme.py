@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tljax.config import from_command_line
+from tljax.command import from_command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

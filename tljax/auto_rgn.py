@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     import itertools
 
     from tljax import data, experiment, parallel
-    from tljax.config import check, from_command_line
+    from tljax.command import from_command_line
+    from tljax.config import check
     from tljax.data.mix import soft_targets
     from tljax.report.console import Console, quiet_libraries
     from tljax.step import normalise
@@ -109,6 +110,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.config import run
+    from tljax.command import run
 
     run(main)

@@ -5,7 +5,7 @@ import numpy as np
 
 from tljax import data, experiment, parallel
 from tljax.checkpoint import Checkpoints
-from tljax.config import from_command_line
+from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.report import metrics
 from tljax.report.console import Console, quiet_libraries
@@ -102,6 +102,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.config import run
+    from tljax.command import run
 
     run(main)

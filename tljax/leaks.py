@@ -48,7 +48,7 @@ def lint(step: Callable, plan: Plan, *args: Any, params: str = "") -> tuple[Find
     Found are gradients that enter a norm, a metric, a clip, a collective or an update; frozen leaves that do not
     leave as they came (weight decay outside the mask); optimizer state for them; activations that are kept for
     their sake. Gradients are those of JAX's reverse mode: ones that a step writes out by hand are not seen.
-    Raises UserError where the frozen leaves are not among the arguments.
+    Raises UserError where the frozen leaves are not among the arguments, and where there is no gradient at all.
     """
     closed, out_shapes = jax.make_jaxpr(step, return_shape=True)(*args)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
@@ -58,6 +58,10 @@ def lint(step: Callable, plan: Plan, *args: Any, params: str = "") -> tuple[Find
     frozen = {i: inputs.leaf[i] for i in inputs.groups[place] if not inputs.leaf[i].multiplier}
     trainable = {i: leaf for i, leaf in inputs.leaf.items() if leaf.multiplier}
     walk = Walk(ClosedJaxpr(live, closed.consts), set(trainable), set(frozen))
+    if not any(gradient.users for gradient in walk.gradients.values()) and not any(v.gradients for v in walk.outputs):
+        raise UserError(
+            "lint: the step has no backward pass by jax.grad whose gradients it uses: nothing was looked at"
+        )
     leaks = _gradients(walk, plan, frozen, trainable, outputs)
     found = [_leak(walk.gradients[key], candidates) for key, candidates in leaks.items()]
     found += _outputs(walk, frozen, inputs, outputs, place)

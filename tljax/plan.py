@@ -283,7 +283,7 @@ def build(
 def main(argv: list[str]) -> int:
     """Prints the plan of an experiment: a row a stage, totals, and what each rule decided."""
     from tljax import experiment
-    from tljax.config import from_command_line
+    from tljax.command import from_command_line
     from tljax.report.console import Console
 
     flags = from_command_line(
@@ -306,7 +306,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.config import run
+    from tljax.command import run
     from tljax.plan import main as packaged_main  # so that classes are those of the package, not of __main__
 
     run(packaged_main)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from tljax import parallel
-from tljax.config import from_command_line
+from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report.console import Console, quiet_libraries
@@ -46,6 +46,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.config import run
+    from tljax.command import run
 
     run(main)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, data, ending, experiment, optim, parallel, phases
+from tljax import STARTED, command, data, ending, experiment, optim, parallel, phases
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
@@ -31,7 +31,7 @@ TERMINATED = 128 + signal.SIGTERM
 def main(argv: list[str]) -> int:
     """Trains an experiment and leaves its figures, pictures and checkpoints in a workdir."""
     where = "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there"
-    flags = configs.from_command_line(argv, main.__doc__, workdir=where)
+    flags = command.from_command_line(argv, main.__doc__, workdir=where)
     quiet_libraries()
     configs.check(flags.config)
     parallel.start()
@@ -315,4 +315,4 @@ class Termination(contextlib.AbstractContextManager):
 
 
 if __name__ == "__main__":
-    configs.run(main)
+    command.run(main)

@@ -7,7 +7,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tljax.config import run
+from tljax.command import run
 from tljax.data.tfds import data_root
 from tljax.errors import UserError, listing, unknown
 
