@@ -12,6 +12,7 @@ import pytest
 from conftest import command
 
 from tljax import evaluate, plan, train
+from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
@@ -29,12 +30,9 @@ TIMES = ("images_per_second",)  # of a row of metrics: the only thing that may d
 def end(path):
     """What a run ended with: every leaf of the last state as bytes, the rows, the final figures."""
     exp, layout, *_ = evaluate.restore(Workdir(path), "last")
-    from tljax.checkpoint import Checkpoints
-    from tljax.experiment import total_steps
-
     checkpoints = Checkpoints(path / "checkpoints")
-    tx, _ = exp.optimizer(*total_steps(exp.config, 24))
-    state = checkpoints.restore(checkpoints.latest(), layout.abstract(exp.state_shapes(tx)))
+    _, like = exp.saved_at(checkpoints.latest(), 24)
+    state = checkpoints.restore(checkpoints.latest(), layout.abstract(like))
     leaves = {p: np.asarray(x).tobytes() for p, x in zip(plan.paths(state), jax.tree.leaves(state))}
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in Workdir(path).rows()]
     summary = json.loads((path / "summary.json").read_text())

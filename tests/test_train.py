@@ -155,6 +155,13 @@ def test_a_run_without_val_keeps_the_last(tiny, tmp_path):
     assert "test" in summary
 
 
+@pytest.mark.parametrize("field", ["select=best", "early_stop=2"])
+def test_choosing_on_val_needs_a_val_split(tiny, tmp_path, field):
+    argv = [*changed(tiny, tmp_path, data_val="none"), f"--config.{field}"]
+    with pytest.raises(UserError, match=r"config\.(select = 'best'|early_stop = 2) needs a val split"):
+        train.main(argv)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     argv = changed(tiny, tmp_path, optim_lr=1e30, optim_name="sgd", optim_clip=0.0, strategy="full()")
     message = r"the loss is (nan|inf) at step \d+; the last good checkpoint is .*smaller config.optim.lr"

@@ -64,6 +64,9 @@ class Run:
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
             self.dataset = data.load(config.data)
+        if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
+            field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
+            raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
         self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
         examples = len(self.dataset.train)
         self.total, self.per_epoch = experiment.total_steps(config, examples)
