@@ -1,0 +1,29 @@
+"""Every shipped config denotes an experiment: its plan, its optimizer and its phases exist."""
+
+from pathlib import Path
+
+import pytest
+
+from tljax import command, experiment, plan
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_it_has_a_plan_and_says_its_command(file):
+    config = command.from_command_line([f"--config={file}"], "").config
+    exp = experiment.build(config, 14)
+    phases = exp.in_time(675)
+    assert phases[-1].stop == experiment.total_steps(config, 675)[0]
+    for phase in phases:
+        exp.optimizer(phase, 675)
+    assert f"python -m tljax.train --config=configs/{file.name}" in file.read_text()
+
+
+def test_the_plan_of_phases_is_told(capsys):
+    (gradual,) = (file for file in CONFIGS if file.stem == "gradual")
+    assert plan.main([f"--config={gradual}"]) == 0
+    out = capsys.readouterr().out
+    assert "phase 1, 0.5 epochs: 17,934 train, in head" in out
+    assert "phase 3, 0.5 epochs: 1,035,534 train, in block16 … head" in out
+    assert "phase 19, rest: 3,388,942 train, in stem … head" in out
