@@ -9,8 +9,7 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, body=0.1, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "bitfit"
-    config.model = config.weights = given.model
     config.strategy = f"biases_only(body={given.body})"
     return config

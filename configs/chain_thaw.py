@@ -8,9 +8,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, each="0.5 epochs", model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "chain_thaw"
-    config.model = config.weights = given.model
     config.phases = f"chain_thaw(each={given.each!r})"
     config.optim.lr = 1e-3
     return config

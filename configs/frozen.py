@@ -8,9 +8,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "frozen"
-    config.model = config.weights = given.model
     config.strategy = "frozen()"
     config.train_for = "20 epochs"
     config.optim.warmup = "2 epochs"

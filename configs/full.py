@@ -9,8 +9,7 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, body=0.03, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "full"
-    config.model = config.weights = given.model
     config.strategy = f"full(body={given.body})"
     return config

@@ -9,9 +9,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, every="0.5 epochs", model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "gradual"
-    config.model = config.weights = given.model
     config.phases = f"gradual_unfreezing(every={given.every!r})"
     config.optim.lr = 1e-3
     return config

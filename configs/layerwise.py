@@ -9,9 +9,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, rate=0.7, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = f"layerwise{given.rate}"
-    config.model = config.weights = given.model
     config.strategy = f"layerwise_decay({given.rate})"
     config.optim.lr = 3e-3
     return config

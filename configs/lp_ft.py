@@ -8,8 +8,7 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, head="8 epochs", last=2, body=0.03, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "lp_ft"
-    config.model = config.weights = given.model
     config.phases = f"lp_ft(head={given.head!r}, then=partial(last={given.last}, body={given.body}))"
     return config

@@ -13,9 +13,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, last=2, body=0.03, norms=False, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = f"partial{given.last}"
-    config.model = config.weights = given.model
     config.strategy = f"partial(last={given.last}, body={given.body})"
     if not given.norms:
         config.strategy = f"first(rules(('**/bn*', 0)), {config.strategy})"

@@ -8,9 +8,8 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = "scratch"
-    config.model = given.model
     config.weights = ""
     config.strategy = "full()"
     config.optim.lr = 2e-3

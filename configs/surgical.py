@@ -9,8 +9,7 @@ from tljax.config import arguments, base
 
 def get_config(arg=""):
     given = arguments(arg, stage="block1", model="efficientnet_lite0")
-    config = base()
+    config = base(given.model)
     config.name = f"surgical-{given.stage}"
-    config.model = config.weights = given.model
     config.strategy = f"surgical({given.stage!r})"
     return config

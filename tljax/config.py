@@ -11,19 +11,19 @@ from ml_collections import ConfigDict
 from tljax.errors import UserError, nearest, unknown
 
 
-def base() -> ConfigDict:
-    """Returns the default experiment; a config file changes the few fields that it is about."""
+def base(model: str = "efficientnet_lite0") -> ConfigDict:
+    """Returns the default experiment, on a model's own weights; a config file changes the few fields it is about."""
     config = ConfigDict()
     config.name = "base"
     config.seed = 0
 
-    config.model = "efficientnet_lite0"  # a name of tljax.models.names()
+    config.model = model  # a name of tljax.models.names()
     config.drop_rate = 0.0  # dropout before the head; -1: the model's own default
     config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
 
-    config.weights = "efficientnet_lite0"  # a catalogue name, a file, or "" for random weights
+    config.weights = model  # a catalogue name, a file, or "" for random weights
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
     config.resize = ()  # paths that are resized to fit (position embeddings)
 

@@ -105,11 +105,12 @@ class Run:
     def header(self) -> None:
         """Says what the run stands on."""
         card, dataset, devices = self.exp.card, self.dataset, jax.devices()
+        weights = [f"{card.name}: {card.trained_on}, licence {card.licence}", card.note] if card else ["none: random"]
         self.console.header(
             {
                 "devices": f"{len(devices)} × {devices[0].device_kind} ({self.config.parallel.mode})",
                 "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
-                "weights": f"{card.name}: {card.trained_on}, licence {card.licence}" if card else "none: random",
+                "weights": list(filter(None, weights)),
                 "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
                 "workdir": str(self.workdir.path),
             }
