@@ -122,6 +122,9 @@ def main():
     parser.add_argument("--only", default=",".join(TABLE), help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folds", action="store_true", help="5-fold cross-validation within train + val")
+    parser.add_argument(
+        "--finished", action="store_true", help="the table of the runs that are finished; none is started"
+    )
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = set(names) - set(RECIPES)
@@ -138,13 +141,13 @@ def main():
             accuracy, nll = ([s["val"][key] for s in found] for key in ("accuracy", "nll"))
             print(f"{name}: fine accuracy over 5 folds {spread(accuracy)} %, NLL {spread(nll, 3, 1)}")
         return
-    runs = {
-        name: [
-            finished(arguments.workdir / f"{name}-{seed}", name, "--config.data.val=none", f"--config.seed={seed}")
-            for seed in range(arguments.seeds)
-        ]
-        for name in names
-    }
+    runs = {}
+    for name in names:
+        folders = [arguments.workdir / f"{name}-{seed}" for seed in range(arguments.seeds)]
+        if arguments.finished:
+            folders = [folder for folder in folders if (folder / "summary.json").exists()]
+        found = [finished(f, name, "--config.data.val=none", f"--config.seed={f.name.split('-')[-1]}") for f in folders]
+        runs |= {name: found} if found else {}
     print(table(runs))
 
 

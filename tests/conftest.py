@@ -62,9 +62,17 @@ def trained(tiny, tmp_path_factory) -> Path:
     return path
 
 
+# Where the tests run in the background, SIGINT is ignored, and what they start would inherit that.
+START = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+"""
+
+
 def command(module: str, *argv: str, devices: int = 1, **environment: str) -> subprocess.Popen:
     """Starts `python -m module argv…` as a process of its own with so many CPU devices."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
     return subprocess.Popen(
-        [sys.executable, "-m", module, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", START, module, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,10 +6,8 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import TINY, command
@@ -299,18 +297,6 @@ def test_a_disk_that_fills_up_loses_nothing(tiny, tmp_path):
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_ctrl_c_ends_with_one_line(tiny, tmp_path):
-    long = ["--config.train_for=3000 steps", "--config.eval_every=3000 steps"]
-    process = command("tljax.train", *tiny, f"--workdir={tmp_path}", *long)
-    while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err == "interrupted; the same command goes on from the last checkpoint\n"
 
 
 def test_commands_end_with_one_line():

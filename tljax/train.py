@@ -25,8 +25,6 @@ from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, make_train_step
 from tljax.workdir import Workdir
 
-TERMINATED = 128 + signal.SIGTERM
-
 
 def main(argv: list[str]) -> int:
     """Trains an experiment and leaves its figures, pictures and checkpoints in a workdir."""
@@ -59,7 +57,7 @@ class Run:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.time() - begun
 
     def train(self) -> int:
-        """Returns the exit code: 0, or 143 where SIGTERM stopped the run."""
+        """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
         config = self.config
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
@@ -94,9 +92,10 @@ class Run:
             for i in range(first, len(self.phases)):
                 state, stopped = self.fit(self.enter(i, state))
                 if stopped:
-                    at = f"step {int(state.step)}"
-                    self.console.print(f"stopped by SIGTERM at {at}, saved; the same command goes on from there")
-                    return TERMINATED
+                    by = self.termination.received or signal.SIGTERM
+                    at = f"by {by.name} at step {int(state.step)}"
+                    self.console.print(f"stopped {at}, saved; the same command goes on from there")
+                    return 128 + by
                 if self.ended_early():
                     break
         ending.conclude(self, state)
@@ -199,7 +198,7 @@ class Run:
     # ---- the loop
 
     def fit(self, state: State) -> tuple[State, bool]:
-        """Runs the steps that are left of the phase. Returns the state, and whether SIGTERM ended it, after a save."""
+        """Runs the steps that are left of the phase. Returns the state, and whether a signal ended it, after a save."""
         config, p, start = self.config, self.exp.preprocessing, int(state.step)
         every = {
             name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
@@ -227,7 +226,9 @@ class Run:
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
                     begun, counted = time.time(), 0  # what follows is the steady pace
                 due = {name for name, n in every.items() if step % n == 0 or step == self.total}
-                stopping = self.checkpoints.preempted(step) if jax.process_count() > 1 else self.termination.received
+                stopping = (
+                    self.checkpoints.preempted(step) if jax.process_count() > 1 else bool(self.termination.received)
+                )
                 if not (due or stopping):
                     continue
                 pending[:] = self.fetched(pending, step)
@@ -301,21 +302,28 @@ class Run:
 
 
 class Termination(contextlib.AbstractContextManager):
-    """Within it SIGTERM only sets `.received`: the loop ends its step, saves, and leaves."""
+    """Within it SIGTERM and Ctrl-C only set `.received`: the loop ends its step, saves, and leaves.
 
-    received = False
+    (An exception raised by Ctrl-C could come while a library calls back into Python, and be lost.) A second Ctrl-C
+    interrupts at once.
+    """
+
+    received: signal.Signals | None = None
 
     def __enter__(self):
         # Several processes must agree on the step: there JAX's own notifier listens (Checkpoints.preempted).
-        self.before = signal.signal(signal.SIGTERM, self._receive) if jax.process_count() == 1 else None
+        listened = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        wanted = [s for s in listened if signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {s: signal.signal(s, self._receive) for s in wanted}
         return self
 
-    def _receive(self, *_):
-        self.received = True
+    def _receive(self, number, _):
+        self.received = signal.Signals(number)
+        signal.signal(number, self.before[number])
 
     def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
