@@ -92,9 +92,11 @@ def test_predict_prints_the_top_classes(trained, photos, capsys):
 
 def test_the_same_command_again_finds_the_run_complete(tiny, trained, capsys):
     before = (trained / "summary.json").read_bytes()
+    (trained / "report.html").unlink()
     assert train.main([*tiny, f"--workdir={trained}"]) == 0
     assert "this run is complete" in capsys.readouterr().out
     assert (trained / "summary.json").read_bytes() == before
+    assert (trained / "report.html").exists()
 
 
 def test_another_config_in_the_same_workdir_is_refused_by_field(tiny, trained):

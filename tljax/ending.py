@@ -12,6 +12,7 @@ from tljax.data.transforms import resize_and_centre_crop
 from tljax.report import metrics, pictures
 from tljax.report.page import html
 from tljax.step import State, evaluated
+from tljax.workdir import Workdir
 
 
 def conclude(run, state: State) -> None:
@@ -45,9 +46,15 @@ def conclude(run, state: State) -> None:
     run.workdir.close()
     told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found
     run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
-    html(path)
+    page(run.workdir)
     run.console.final(told)
     run.console.print(f"everything is in {path}; open {path / 'report.html'}")
+
+
+def page(workdir: Workdir) -> None:
+    """Writes report.html, where it is not there yet, from what the workdir holds."""
+    if workdir.writes and not (workdir.path / "report.html").exists():
+        html(workdir.path)
 
 
 def mistakes(run, logits: np.ndarray, split: data.Split, wrong: np.ndarray) -> list[dict]:

@@ -73,6 +73,7 @@ class Run:
         self.workdir.claim(config)
         finished = self.workdir.summary()
         if finished:
+            ending.page(self.workdir)  # a kill may have come between the summary and the page
             self.console.final(finished)
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0

@@ -230,7 +230,7 @@ def final_rows(summary: dict) -> dict[str, str | list[str]]:
         rows["trainable"] = f"{plan['trainable']:,} of {plan['parameters']:,} parameters ({text.percent(share)})"
     if frozen.get("values"):
         rows["frozen"] = f"{frozen['values']:,} values, " + (
-            "bit-identical to the loaded ones" if frozen.get("verified") else "NOT verified"
+            f"bit-identical after {frozen.get('steps', 0):,} steps" if frozen.get("verified") else "NOT verified"
         )
     if summary.get("images_per_second"):
         rows["speed"] = f"{summary['images_per_second']:.0f} images/s"

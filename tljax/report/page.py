@@ -170,7 +170,7 @@ def _plan(workdir, summary: dict) -> str:
         held = f"{frozen['values']:,} frozen values: "
         steps = f" after {frozen['steps']:,} steps" if frozen.get("steps") is not None else ""
         proof = f"digest {frozen.get('digest', '-')}"
-        good = f'<span class="good">bit-identical to the loaded ones{steps}</span>'
+        good = f'<span class="good">bit-identical to those of the start{steps}</span>'
         verdict = good if frozen.get("verified") else '<span class="bad">not verified</span>'
         body += f'<p class="note">{_e(held)}{verdict} ({_e(proof)}).</p>'
     return _section("Plan", body)
