@@ -145,11 +145,11 @@ def plan_table(experiment: Experiment):
     }
     if len(experiment.plans) > 1:
         for i, (length, earlier) in enumerate(experiment.plans, 1):
-            totals[f"phase {i}, {length}"] = f"{earlier.totals()['trainable']:,} train, in {_runs(earlier)}"
+            totals[f"phase {i}, {length}"] = f"{earlier.totals()['trainable']:,} train, in {live_spans(earlier)}"
     return table(plan.rows(per_leaf), totals, plan.rule_counts())
 
 
-def _runs(plan: plans.Plan) -> str:
+def live_spans(plan: plans.Plan) -> str:
     """The live stages, neighbours as `first … last`."""
     found = []
     for i, stage in enumerate(plan.stages):

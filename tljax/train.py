@@ -157,10 +157,9 @@ class Run:
             self.notes["frozen"] = {path: self.notes["frozen"].get(path, digest) for path, digest in now.items()}
             state = self.layout.place(phases.change(state, self.plan, tx))
         if len(self.phases) > 1:
-            live = ", ".join(self.plan.live_stages)
-            self.console.print(
-                f"phase {i + 1} of {len(self.phases)}, steps {self.phase.start}–{self.phase.stop}: {live}"
-            )
+            steps = f"{self.phase.start}–{self.phase.stop}"
+            live = experiment.live_spans(self.plan)
+            self.console.print(f"phase {i + 1} of {len(self.phases)}, steps {steps}: {live}")
         with self.clock("compile"):
             self.compile(tx, self.layout.abstract(self.exp.state_shapes(self.plan, tx)))
         return state
@@ -235,13 +234,12 @@ class Run:
                 pending[:] = self.fetched(pending, step)
                 spent = time.time() - begun
                 self.seconds["train"] = self.seconds.get("train", 0.0) + spent
-                speed = config.batch_size * counted / max(spent, 1e-9)
+                speed = config.batch_size * counted / spent if counted else None
                 if "log" in due:
                     row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
                     pending.clear()
-                    self.log(step, {f"train/{k}": v for k, v in row.items()} | {
-                        "lr": float(self.schedule(step - 1)), "images_per_second": round(speed, 1),
-                    })  # fmt: skip
+                    told = {f"train/{k}": v for k, v in row.items()} | {"lr": float(self.schedule(step - 1))}
+                    self.log(step, told | ({"images_per_second": round(speed, 1)} if speed else {}))
                     bar.update(step, row, speed)
                 better = "eval" in due and self.assess(step, state)
                 if stopping or better or "checkpoint" in due:
