@@ -14,7 +14,7 @@ from tljax.workdir import Workdir
 
 
 def main(argv: list[str]) -> int:
-    """Prints the top classes of image files, with probabilities, by the best checkpoint of a run."""
+    """Prints the top classes of image files, with probabilities, by the checkpoint that config.select chooses."""
     from tljax.data.images import BadImage
     from tljax.data.transforms import resize_and_centre_crop
 
