@@ -21,8 +21,8 @@ class Fields:
 
     val: "split" (the given one; without one 10 % of train) | "fold:2/5" of train + val | "fraction:0.1" |
     "none" (train on train + val). test: "split" (the given one; without one 20 % of train) |
-    "fraction:0.2". fold_seed seeds all these draws. limit: photographs a class in train, 0 for all. on_bad: "stop" | "skip" for what is no
-    image, or has two labels.
+    "fraction:0.2". fold_seed seeds all these draws. limit: photographs a class in train, 0 for all.
+    on_bad: "stop" | "skip" for what is no image, or has two labels.
     """
 
     source: str = "fruit"
