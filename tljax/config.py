@@ -20,6 +20,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.model = model  # a name of tljax.models.names()
     config.drop_rate = 0.0  # dropout before the head; -1: the model's own default
     config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
+    config.image_size = 0  # height and width in pixels; 0: as the weights' card says
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
 
@@ -130,7 +131,7 @@ CHOICES = {
     "parallel.mode": ("jit", "pmap"),
 }
 AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
-    ("seed", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed", "data.limit",
+    ("seed", "image_size", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed", "data.limit",
      "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2",
      "optim.clip"), 0,
 ) | {"drop_rate": -1, "drop_path_rate": -1}  # fmt: skip

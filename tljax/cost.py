@@ -18,10 +18,8 @@ from tljax.errors import UserError
 from tljax.experiment import Experiment, build
 from tljax.parallel import Layout, cost
 from tljax.plan import Plan
-from tljax.plan import build as build_plan
 from tljax.report import text
 from tljax.step import make_train_step
-from tljax.strategies import parse
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 
@@ -172,17 +170,26 @@ def compare(config, num_classes: int, strategies: Iterable[str], devices: int = 
     if devices > len(jax.devices()):
         raise UserError(f"--devices={devices}: there are {len(jax.devices())}")
     layout = Layout(config.parallel, config.batch_size, config.optim.accumulate, devices)
-    exp = build(config, num_classes, layout)
     if strategies:
-        rules = lambda strategy: parse(strategy)(exp.model.stages)
-        params, stats = exp.shapes["params"], exp.shapes["batch_stats"]
-        plans = [(s, build_plan(rules(s), params, stats, exp.model.stages, config.optim.no_decay)) for s in strategies]
+        # Each with its own tree: adapters are part of it.
+        alone = [config.copy_and_resolve_references() for _ in strategies]
+        for one, strategy in zip(alone, strategies):
+            one.strategy, one.phases = strategy, ""
+        exps = [build(one, num_classes, layout) for one in alone]
+        plans = [(strategy, exp, exp.plans[0][1]) for strategy, exp in zip(strategies, exps)]
     else:
-        phases = [(f"phase {i}, {length}", plan) for i, (length, plan) in enumerate(exp.plans, 1)]
-        plans = phases if len(phases) > 1 else [(config.phases or config.strategy, exp.plans[0][1])]
-    forward = forward_flops(exp)
-    said = [f"{name}: {line}" for name, plan in plans if (line := remark(plan, forward))]
-    return [estimate(exp, plan, layout, forward, name) for name, plan in plans], said
+        exp = build(config, num_classes, layout)
+        several = len(exp.plans) > 1
+        only = config.phases or config.strategy
+        plans = [(f"phase {i}, {t}" if several else only, exp, plan) for i, (t, plan) in enumerate(exp.plans, 1)]
+    passes, found, said = {}, [], []
+    for name, exp, plan in plans:
+        if plan.structure not in passes:
+            passes[plan.structure] = forward_flops(exp)
+        forward = passes[plan.structure]
+        found.append(estimate(exp, plan, layout, forward, name))
+        said += [f"{name}: {line}"] if (line := remark(plan, forward)) else []
+    return found, said
 
 
 def table(estimates: list[Estimate]) -> str:

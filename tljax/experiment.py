@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import models, optim, phases, strategies, weights
+from tljax import adapters, models, optim, phases, strategies, weights
 from tljax import plan as plans
+from tljax.adapters import files
 from tljax.config import check, duration
 from tljax.data.catalogue import CATALOGUE
 from tljax.data.pipeline import Augment
@@ -70,22 +71,20 @@ class Experiment:
 
     def load(self) -> tuple[dict, dict, weights.Report | None]:
         """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
-        key, size = jax.random.key(self.config.seed), self.preprocessing.size
-        if self.card is None:
-            variables, report = models.initialise(self.model, key, size), None
-        else:
-            config = self.config
-            loaded = weights.load(self.card, config.model, self.shapes, config.reset, config.resize)
-            variables = {"params": loaded.params, "batch_stats": loaded.batch_stats}
+        config, report, values = self.config, None, {}
+        if self.card is not None:
+            own = adapters.plain(self.model, self.shapes["params"])
+            loaded = weights.load(self.card, config.model, self.shapes | {"params": own}, config.reset, config.resize)
             report = loaded.report
-            is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-            new = [p for p, leaf in zip(plans.paths(variables), jax.tree.leaves(variables)) if is_shape(leaf)]
-            fresh = models.initialise(self.model, key, size, only=new)
-            fresh = dict(zip(plans.paths(fresh), jax.tree.leaves(fresh)))
-            leaves, structure = jax.tree.flatten(variables)
-            names = plans.paths(variables)
-            variables = structure.unflatten([fresh.get(n, leaf) for n, leaf in zip(names, leaves)])
-        return variables["params"], variables.get("batch_stats", {}), report
+            found = {"params": loaded.params, "batch_stats": loaded.batch_stats}
+            values = {p: leaf for p, leaf in plans.flat(found).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+        new = [path for path in plans.paths(self.shapes) if path not in values]
+        key, size = jax.random.key(config.seed), self.preprocessing.size
+        values |= plans.flat(models.initialise(self.model, key, size, only=new))
+        values |= files.stored(self.model, values, config.reset)
+        structure = jax.tree.structure(self.shapes)
+        variables = structure.unflatten([values[path] for path in plans.paths(self.shapes)])
+        return variables["params"], variables["batch_stats"], report
 
 
 def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Experiment:
@@ -108,12 +107,20 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     else:
         fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(Preprocessing) if f.name != "size"}
         preprocessing = Preprocessing(size=card.input_size, **fields)
-    shapes = models.shapes(model, size=preprocessing.size)
-    shapes.setdefault("batch_stats", {})
-    weights.check(card, config.model, plans.paths(shapes), config.reset, config.resize)
+    if config.image_size:
+        preprocessing = dataclasses.replace(preprocessing, size=config.image_size)
     pairs = ((phases.REST, strategies.parse(config.strategy)),)
     if config.phases:
         pairs = phases.parse(config.phases)(model.stages)
+    wanted = strategies.adapters_of(*(strategy for _, strategy in pairs))
+    if wanted:  # of all phases, so that the state is one tree from the first step to the last
+        example = jax.ShapeDtypeStruct((1, preprocessing.size, preprocessing.size, 3), jnp.float32)
+        model = adapters.adapt(model, wanted, example)
+    shapes = models.shapes(model, size=preprocessing.size)
+    weights.check(
+        card, config.model, plans.paths(shapes | {"params": adapters.plain(model, shapes["params"])}), config.reset,
+        config.resize,
+    )  # fmt: skip
     resolve = lambda rules: plans.build(
         rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay
     )

@@ -17,7 +17,7 @@ from tljax.config import call, duration
 from tljax.errors import UserError
 from tljax.plan import Plan, paths
 from tljax.step import State
-from tljax.strategies import STRATEGIES, Strategy
+from tljax.strategies import Strategy
 
 Tree = Any
 REST = "rest"  # the duration of what is left of config.train_for
@@ -90,7 +90,7 @@ SCHEDULES = {f.__name__: f for f in (phases, lp_ft, gradual_unfreezing, chain_th
 
 def parse(text: str) -> Schedule:
     """Returns the schedule that a config's text calls. Raises UserError for unknown names and arguments."""
-    found = call(text, STRATEGIES | SCHEDULES, "phases")
+    found = call(text, strategies.known() | SCHEDULES, "phases")
     if text.split("(")[0].strip() not in SCHEDULES:
         raise UserError(f"config.phases = {text!r}: a strategy; expected one of {', '.join(SCHEDULES)}")
     return found

@@ -35,6 +35,9 @@ def pattern_regex(pattern: str) -> re.Pattern:
         raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
 
+BELOW = "(?:/.*)?"
+
+
 def _expression(pattern: str) -> str:
     if pattern.startswith("!"):
         return rf"(?!(?:{_expression(pattern[1:])})\Z).*"
@@ -42,13 +45,13 @@ def _expression(pattern: str) -> str:
         return pattern[3:]
     glob = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
     glob = re.sub(r"\\\{(.*?)\\\}", lambda m: f"(?:{m[1].replace(',', '|')})", glob.replace(r"\?", "[^/]"))
-    return glob + "(?:/.*)?"
+    return glob + BELOW
 
 
 def under(prefix: str, pattern: str) -> str:
     """The pattern that matches `prefix/PATH` where `pattern` matches `PATH`."""
     if pattern.startswith(("!", "re:")):
-        return f"re:{_expression(prefix).removesuffix('(?:/.*)?')}/(?:{_expression(pattern)})"
+        return f"re:{_expression(prefix).removesuffix(BELOW)}/(?:{_expression(pattern)})"
     return f"{prefix}/{pattern}"
 
 
@@ -57,12 +60,23 @@ def matches(pattern: str, path: str) -> bool:
     return pattern_regex(pattern).fullmatch(path) is not None
 
 
+def exactly(pattern: str, path: str) -> bool:
+    """Whether the pattern names this very node: unlike a rule's, that of a node does not name all below it."""
+    pattern_regex(pattern)
+    return re.fullmatch(_expression(pattern).removesuffix(BELOW), path) is not None
+
+
 def paths(tree: Tree) -> tuple[str, ...]:
     """The path of every leaf, in the order of `jax.tree.leaves`: keys joined by `/`."""
     return tuple(
         jax.tree_util.keystr(keys, simple=True, separator="/")
         for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
     )
+
+
+def flat(tree: Tree) -> dict[str, Any]:
+    """{path: leaf} of every leaf."""
+    return dict(zip(paths(tree), jax.tree.leaves(tree)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +198,7 @@ class Plan:
         """SHA-256 of the bytes of everything in `frozen`, by path: equal digests are equal bits."""
         values = {f"params/{leaf.path}": value for leaf, value in zip(self.leaves, self._flatten(params))}
         values |= {f"batch_stats/{path}": value for path, value in zip(paths(stats), jax.tree.leaves(stats))}
-        return {path: hashlib.sha256(np.ascontiguousarray(values[path]).tobytes()).hexdigest() for path in self.frozen}
+        return digests({path: values[path] for path in self.frozen})
 
     @property
     def digest(self) -> str:
@@ -228,6 +242,11 @@ class Plan:
                 }
             )
         return rows
+
+
+def digests(values: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the bytes of each array."""
+    return {path: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for path, value in values.items()}
 
 
 def combined(digests: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ Each function here returns a `Strategy`; given the stages from input to output i
 `within` sets them under a path.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
@@ -137,16 +138,39 @@ def attention_only(body: float = 1.0) -> Strategy:
     return head_and(ATTENTION, body=body)
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapting:
+    """A strategy with adapters (`tljax.adapters`), whose parameters its rules speak of."""
+
+    write: Strategy
+    adapters: tuple
+
+    def __call__(self, stages: tuple[str, ...]) -> Rules:
+        """Writes the rules."""
+        return self.write(stages)
+
+
+def adapters_of(*strategies: Strategy) -> tuple:
+    """The adapters that strategies ask for, each once."""
+    return tuple(dict.fromkeys(adapter for strategy in strategies for adapter in getattr(strategy, "adapters", ())))
+
+
+def _with_adapters(write: Strategy, adapters: tuple) -> Strategy:
+    return Adapting(write, adapters) if adapters else write
+
+
 def first(*strategies: Strategy) -> Strategy:
     """Joins strategies; the rules of the earlier come first: `first(rules(("**/bn*", 0)), partial(last=2))`."""
-    return lambda stages: tuple(rule for strategy in strategies for rule in strategy(stages))
+    write = lambda stages: tuple(rule for strategy in strategies for rule in strategy(stages))
+    return _with_adapters(write, adapters_of(*strategies))
 
 
 def scaled(strategy: Strategy, factor: float) -> Strategy:
     """The strategy with every multiplier times `factor`, the head's included."""
     if not 0 < factor < math.inf:
         raise UserError(f"strategy scaled(factor={factor!r}): expected a factor above 0")
-    return lambda stages: tuple((pattern, multiplier * factor) for pattern, multiplier in strategy(stages))
+    write = lambda stages: tuple((pattern, multiplier * factor) for pattern, multiplier in strategy(stages))
+    return _with_adapters(write, adapters_of(strategy))
 
 
 def within(prefix: str, strategy: Strategy, stages: tuple[str, ...] = ()) -> Strategy:
@@ -157,7 +181,8 @@ def within(prefix: str, strategy: Strategy, stages: tuple[str, ...] = ()) -> Str
     """
     if not prefix or prefix.startswith(("!", "re:")) or prefix.endswith("/"):
         raise UserError(f"strategy within({prefix!r}, …): expected a path, as 'image' or 'towers/*'")
-    return lambda _: tuple((under(prefix, pattern), m) for pattern, m in strategy(tuple(stages)))
+    write = lambda _: tuple((under(prefix, pattern), m) for pattern, m in strategy(tuple(stages)))
+    return _with_adapters(write, tuple(adapter.within(prefix) for adapter in adapters_of(strategy)))
 
 
 def _only(live: Iterable[str], stages: tuple[str, ...], body: float = 1.0) -> Rules:
@@ -188,9 +213,16 @@ STRATEGIES = {
 }  # fmt: skip
 
 
+def known() -> dict[str, Callable[..., Strategy]]:
+    """All that a config may call, adapters included."""
+    from tljax.adapters.strategies import ADAPTERS
+
+    return STRATEGIES | ADAPTERS
+
+
 def parse(text: str) -> Strategy:
     """Returns the strategy that a config's text calls. Raises UserError for unknown names and arguments."""
-    strategy = call(text, STRATEGIES, "strategy")
+    strategy = call(text, known(), "strategy")
 
     def write(stages):
         try:
@@ -198,4 +230,4 @@ def parse(text: str) -> Strategy:
         except TypeError as error:  # an argument of another type, met only now
             raise UserError(f"strategy {text!r}: {error}") from None
 
-    return write
+    return _with_adapters(write, adapters_of(strategy))

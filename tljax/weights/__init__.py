@@ -137,12 +137,9 @@ def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def _table(found: Card, model_name: str, names: list[str]) -> tuple[str, tuple]:
-    from tljax import models
     from tljax.weights import lookalike
 
-    tables = models.conversion(model_name)
-    if not tables:
-        raise UserError(f"{found.name}: the model {model_name} has no conversion table")
+    tables = lookalike.tables(model_name)
     if found.naming:
         if found.naming not in tables:
             raise errors.unknown("naming", found.naming, tables)

@@ -4,15 +4,24 @@ from collections.abc import Mapping
 
 from tljax.weights import matcher
 
+# What tljax writes itself names every leaf by its path.
+OWN = {"tljax": ((r"(?:params|batch_stats)/.+", lambda match: match[0], "same"),)}
+
+
+def tables(model_name: str) -> dict[str, tuple]:
+    """The conversion tables of a model, by naming, and our own."""
+    from tljax import models
+
+    return OWN | models.conversion(model_name)
+
 
 def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
     """(naming, table) of the model whose rows match the most of `names`."""
-    from tljax import models
 
     def matched(entry: tuple[str, tuple]) -> int:
         return sum(found is not None for found in matcher.targets(names, entry[1]).values())
 
-    return max(models.conversion(model_name).items(), key=matched)
+    return max(tables(model_name).items(), key=matched)
 
 
 def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, str] | None:
@@ -25,7 +34,7 @@ def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, s
     for name in models.names():
         if name == model_name:
             continue
-        for naming, table in models.conversion(name).items():
+        for naming, table in tables(name).items():
             found = matcher.targets(source, table).values()
             if any(target is None for target in found):
                 continue

@@ -61,3 +61,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         # An empty array may lie at the end of the file, where numpy takes no view.
         arrays[name] = np.zeros(shape, dtype) if 0 in shape else np.ndarray(shape, dtype, mapped, offset)
     return arrays
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The text that a file, which `read` has found sound, carries beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="numpy") as opened:
+        return opened.metadata() or {}
