@@ -174,11 +174,11 @@ def test_first_row_wins_and_rows_match_whole_names():
     table = ((r"a\.b", "params/x", "same"), (r"a\..*", "params/y", "same"), (r"c", "params/z", "same"))
     found = matcher.targets(["a.b", "a.c", "aXb", "cc", "c"], table)
     assert found == {
-        "a.b": ("params/x", "same"),
-        "a.c": ("params/y", "same"),
+        "a.b": (("params/x", "same", 0, 1),),
+        "a.c": (("params/y", "same", 0, 1),),
         "aXb": None,
         "cc": None,
-        "c": ("params/z", "same"),
+        "c": (("params/z", "same", 0, 1),),
     }
 
 
