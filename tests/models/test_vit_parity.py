@@ -70,8 +70,9 @@ def test_the_output_of_every_stage(name, size):
 )  # fmt: skip
 def test_variants(ours, theirs):
     net = reference.model("vit_mini", CLASSES, 32, **theirs)
-    flat = reference.converted(reference.table("vit_mini"), reference.state_dict(net, 32))
-    model = vit.ViT(variant=dataclasses.replace(MINI, **ours), num_classes=CLASSES, size=32)
+    variant = dataclasses.replace(MINI, **ours)
+    flat = reference.converted(vit.tables(variant)["timm"], reference.state_dict(net, 32))
+    model = vit.ViT(variant=variant, num_classes=CLASSES, size=32)
     shapes = traverse_util.flatten_dict(models.shapes(model), sep="/")
     assert {path: value.shape for path, value in flat.items()} == {path: s.shape for path, s in shapes.items()}
     assert_stages(net, model, traverse_util.unflatten_dict(flat, sep="/"), reference.images(2, 32))

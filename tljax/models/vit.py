@@ -224,12 +224,15 @@ def positions(name: str) -> dict[str, int]:
 
 def conversion(name: str) -> dict[str, naming.Table]:
     """The tables for timm's state dicts, for the files of Hugging Face transformers, and for torchvision's."""
-    number = lambda match: int(match[1]) + 1
-    return {
-        "timm": naming.table(_timm(), number),
-        "transformers": naming.table(_transformers(), number),
-        "torchvision": naming.table(_torchvision(), number),
-    }
+    return tables(VARIANTS[name])
+
+
+def tables(variant: Variant) -> dict[str, naming.Table]:
+    """The conversion tables of a variant; only timm has a norm behind the pooling."""
+    rows = {"timm": _timm("fc_norm" if variant.fc_norm else "norm")}
+    if not variant.fc_norm:
+        rows |= {"transformers": _transformers(), "torchvision": _torchvision()}
+    return {source: naming.table(found, number=lambda match: int(match[1]) + 1) for source, found in rows.items()}
 
 
 _QKV = tuple(f"block{{}}/attn/{name}" for name in ("query", "key", "value"))
@@ -245,7 +248,7 @@ def _embed(patch: str, class_token: str, position: str) -> list[naming.Row]:
     ]
 
 
-def _timm() -> list[naming.Row]:
+def _timm(norm: str) -> list[naming.Row]:
     block = r"blocks\.(\d+)\."
     rows = [
         *_embed(r"patch_embed\.proj", "cls_token", "pos_embed"),
@@ -254,7 +257,7 @@ def _timm() -> list[naming.Row]:
         *naming.dense(rf"{block}attn\.proj", _OUT),
         *naming.dense(rf"{block}mlp\.fc1", _FC1),
         *naming.dense(rf"{block}mlp\.fc2", _FC2),
-        *naming.affine(r"(?:fc_)?norm", "norm"),
+        *naming.affine(norm, "norm"),
         *naming.dense("head", "head"),
     ]
     for i in (1, 2):
