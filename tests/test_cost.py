@@ -200,6 +200,13 @@ def test_collectives_move_the_trainable_bytes(strategy):
     assert estimate(strategy).collective == 0
 
 
+def test_collectives_of_a_transformer_move_the_trainable_bytes():
+    """Its layers flatten batch and tokens into one axis: nothing is to be exchanged for that."""
+    model = models.create("vit_mini", CLASSES)
+    trainable = sum(leaf.nbytes for leaf in equal("partial(last=2)", model=model).plans[0][1].trainable)
+    assert trainable <= estimate("partial(last=2)", devices=4, model=model).collective <= trainable + 16
+
+
 def test_accumulation_costs_what_the_whole_batch_costs():
     assert estimate("partial(last=2)", accumulate=2).flops == pytest.approx(estimate("partial(last=2)").flops, rel=0.05)
 

@@ -115,14 +115,14 @@ class Conv(nn.Module):
     padding: Padding = "SAME"
     groups: int = 1
     use_bias: bool = False
-    init: Callable = conv_init
+    kernel_init: Callable = conv_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [batch, height, width, in] -> [batch, h, w, features] in the compute dtype."""
         c = self.common
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.init, shape, c.param_dtype, self.groups)
+        kernel = self.param("kernel", self.kernel_init, shape, c.param_dtype, self.groups)
         x = convolve(x.astype(c.dtype), kernel.astype(c.dtype), self.stride, self.padding, self.groups)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)

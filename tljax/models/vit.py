@@ -77,7 +77,7 @@ class Embed(nn.Module):
                 nearest = f"{below} or {below + v.patch}" if pixels > v.patch else f"{v.patch}"
                 raise UserError(f"{pixels} pixels are no whole number of patches of {v.patch}: nearest is {nearest}")
         x = layers.Conv(
-            c, v.width, v.patch, v.patch, padding=0, use_bias=True, init=layers.linear_init, name="patch"
+            c, v.width, v.patch, v.patch, padding=0, use_bias=True, kernel_init=layers.linear_init, name="patch"
         )(x)  # fmt: skip
         x = x.reshape(x.shape[0], -1, v.width)
         small = nn.initializers.normal(0.02)
