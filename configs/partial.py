@@ -4,8 +4,9 @@
     python -m tljax.train --config=configs/partial.py:last=6
     python -m tljax.train --config=configs/partial.py:last=2,norms=true
 
-The norms of the stages that train are frozen, so they go on using the statistics of the million images that they
-were trained on: batches of 16 tell too little. `norms=true` trains them, and then their statistics move as well.
+The norms within the stages that train (`bn1`, `norm2`, …) are frozen, so that they go on using the statistics of the
+million images that they were trained on: batches of 16 tell too little. `norms=true` trains them, and then their
+statistics, if they have any, move as well.
 """
 
 from tljax.config import arguments, base
@@ -17,5 +18,5 @@ def get_config(arg=""):
     config.name = f"partial{given.last}"
     config.strategy = f"partial(last={given.last}, body={given.body})"
     if not given.norms:
-        config.strategy = f"first(rules(('**/bn*', 0)), {config.strategy})"
+        config.strategy = f"first(rules(('**/{{bn*,norm?}}', 0)), {config.strategy})"
     return config

@@ -12,6 +12,7 @@ from flax import linen as nn
 from tljax import config as configs
 from tljax import cost, experiment, models, plan, strategies
 from tljax.errors import UserError
+from tljax.models import vit
 from tljax.models.chain import Chain
 from tljax.parallel import Layout
 from tljax.phases import REST
@@ -62,17 +63,18 @@ class Equal(Chain):
         return (Stem if name == "stem" else Block)(name=name)
 
 
-def equal(strategy="full()", **fields) -> experiment.Experiment:
+def equal(strategy="full()", model=None, batch=8, **fields) -> experiment.Experiment:
+    """An experiment on a model, by default of six equal blocks; `fields` are the optimizer's."""
     config = configs.base()
-    config.batch_size, config.strategy = 8, strategy
+    config.batch_size, config.strategy = batch, strategy
     config.optim.warmup = "0 steps"
     for name, value in fields.items():
         config.optim[name] = value
-    model = Equal(num_classes=CLASSES, size=SIZE)
+    model = model or Equal(num_classes=CLASSES, size=SIZE)
     shapes = models.shapes(model)
     rules = strategies.parse(strategy)(model.stages)
     found = plan.build(rules, shapes["params"], shapes["batch_stats"], model.stages)
-    preprocessing = experiment.Preprocessing(SIZE, (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0)
+    preprocessing = experiment.Preprocessing(model.size, (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0)
     return experiment.Experiment(config, model, None, preprocessing, shapes, ((REST, found),))
 
 
@@ -80,6 +82,14 @@ def estimate(strategy, devices=1, **fields) -> cost.Estimate:
     exp = equal(strategy, **fields)
     layout = Layout(exp.config.parallel, exp.config.batch_size, exp.config.optim.accumulate, devices)
     return cost.estimate(exp, exp.plans[0][1], layout, cost.forward_flops(exp))
+
+
+WIDTH, TOKENS, EXAMPLES = 256, 17, 16
+
+
+def transformer(depth=6) -> vit.ViT:
+    """A Vision Transformer of equal blocks, wide enough for its products to be most of it."""
+    return vit.ViT(variant=vit.Variant(WIDTH, depth, 4, patch=8, size=32), num_classes=CLASSES, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +137,50 @@ def test_the_frozen_prefix_keeps_no_activations(by_depth):
     assert growth.min() > activations
 
 
+def test_a_transformer_block_costs_forward_what_its_products_multiply():
+    """Query, key, value and out: 4 products of width²; the MLP: 8; attention: 2 of tokens²·width a token pair."""
+    found = cost.forward_flops(equal(model=transformer(), batch=EXAMPLES))
+    products = 2 * EXAMPLES * (12 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH)
+    # The rest, norms, softmax and GELU, is little.
+    assert products < found["block1"] < 1.05 * products
+    # Many tokens: attention counts, though it has no parameters.
+    many = vit.ViT(variant=vit.Variant(64, 2, 4, patch=2, size=32), num_classes=CLASSES, size=32)
+    linear, squared = 12 * 257 * 64**2, 2 * 257**2 * 64
+    found = cost.forward_flops(equal(model=many, batch=2))["block1"]
+    assert squared / linear > 0.6
+    assert 2 * 2 * (linear + squared) < found < 1.2 * 2 * 2 * (linear + squared)
+
+
+@pytest.fixture(scope="module")
+def transformer_by_depth() -> list[cost.Estimate]:
+    """Estimates with none, one and three of the transformer's blocks training, and with all stages."""
+    given = [*(f"partial(last={k + 1})" for k in (0, 1, 3)), "full()"]  # behind the blocks is a norm
+    return [estimate(strategy, model=transformer(), batch=EXAMPLES) for strategy in given]
+
+
+def test_a_transformer_costs_n_plus_2k_over_3n(transformer_by_depth):
+    for less, more in itertools.pairwise(transformer_by_depth):
+        assert less.flops < more.flops
+        assert less.temporary < more.temporary
+        assert less.peak < more.peak
+        assert less.trainable < more.trainable
+    full = transformer_by_depth[-1]
+    for k, found in zip((0, 1, 3), transformer_by_depth):
+        assert found.flops / full.flops == pytest.approx((6 + 2 * k) / 18, rel=0.05)
+        assert found.flops / full.flops == pytest.approx(found.theory / full.theory, rel=0.05)
+        assert found.flops == pytest.approx(found.theory, rel=0.05)
+
+
+def test_each_trained_block_of_a_transformer_keeps_as_much_and_a_frozen_one_nothing(transformer_by_depth):
+    none, one, three, full = (found.temporary for found in transformer_by_depth)
+    assert (three - one) / 2 == pytest.approx((full - three) / 3, rel=0.05)  # what embeds trains there, too
+    # At the least what the weights' gradients need: the inputs of query, out, fc1 and (four times as wide) fc2.
+    assert (three - one) / 2 > 7 * EXAMPLES * TOKENS * WIDTH * 4
+    head_only = [estimate("frozen()", model=transformer(depth), batch=EXAMPLES) for depth in (6, 12)]
+    assert head_only[0].temporary == head_only[1].temporary <= none
+    assert head_only[1].flops == pytest.approx(2 * head_only[0].flops, rel=0.02)
+
+
 @pytest.mark.parametrize("strategy", ["frozen()", "partial(last=2)", "biases_only()", "full()"])
 def test_bytes_of_state_are_exact(strategy):
     """AdamW: two moments a trainable value; one count for Adam, one for the schedule; one for the step."""
@@ -144,6 +198,13 @@ def test_collectives_move_the_trainable_bytes(strategy):
     assert trainable <= found.collective <= trainable + 16  # and the scalars loss and accuracy
     assert found.flops == pytest.approx(estimate(strategy).flops, rel=0.1)
     assert estimate(strategy).collective == 0
+
+
+def test_collectives_of_a_transformer_move_the_trainable_bytes():
+    """Its layers flatten batch and tokens into one axis: nothing is to be exchanged for that."""
+    model = models.create("vit_mini", CLASSES)
+    trainable = sum(leaf.nbytes for leaf in equal("partial(last=2)", model=model).plans[0][1].trainable)
+    assert trainable <= estimate("partial(last=2)", devices=4, model=model).collective <= trainable + 16
 
 
 def test_accumulation_costs_what_the_whole_batch_costs():
@@ -231,5 +292,6 @@ def test_resnet50_lies_within_5_percent_of_theory():
     for less, more in itertools.pairwise(found):
         assert less.flops < more.flops
         assert less.temporary < more.temporary
+        assert less.peak < more.peak
     for e in found:
         assert e.flops / full.flops == pytest.approx(e.theory / full.theory, rel=0.05)

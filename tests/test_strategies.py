@@ -3,6 +3,7 @@
 import fnmatch
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tljax import models, strategies
 from tljax import plan as plans
 from tljax.errors import UserError
+from tljax.models import layers
 
 STAGES = ("stem", "block1", "block2", "block3", "top", "head")
 PARAMS = {stage: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for stage in STAGES}
@@ -129,7 +131,10 @@ def test_what_is_chosen_by_name(text, expected):
     assert {leaf.path for leaf in plan.trainable} == {*expected, "head/kernel", "head/bias"}
 
 
-@pytest.mark.parametrize("model", ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "efficientnet_b0", "resnet50"])
+NETWORKS = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "efficientnet_b0", "resnet50"]
+
+
+@pytest.mark.parametrize("model", NETWORKS)
 def test_norms_of_the_models_are_the_modules_that_have_a_scale(model):
     model = models.create(model, 3)
     shapes = models.shapes(model)
@@ -138,6 +143,38 @@ def test_norms_of_the_models_are_the_modules_that_have_a_scale(model):
     trainable = {leaf.path.rpartition("/")[0] for leaf in plan.trainable}
     assert trainable == norms | {"head"}
     assert plan.live_norms == (norms if shapes["batch_stats"] else set())
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("norms_only()", {"norm1/scale", "norm1/bias", "norm2/scale", "norm2/bias"}),
+        ("attention_only()", {f"attn/{m}/{p}" for m in ("query", "key", "value", "out") for p in ("kernel", "bias")}),
+        ("biases_only()", {"norm1/bias", "norm2/bias", "mlp/fc1/bias", "mlp/fc2/bias"}
+                          | {f"attn/{m}/bias" for m in ("query", "key", "value", "out")}),
+    ],
+)  # fmt: skip
+def test_what_is_chosen_of_a_transformer(text, names):
+    model = models.create("vit_mini", 3)
+    plan = plans.build(strategies.parse(text)(model.stages), models.shapes(model)["params"], stages=model.stages)
+    expected = {f"block{i}/{name}" for i in range(1, 7) for name in names} | {"head/kernel", "head/bias"}
+    expected |= {"norm/scale", "norm/bias", "embed/patch/bias"} & {
+        "norms_only()": {"norm/scale", "norm/bias"}, "biases_only()": {"norm/bias", "embed/patch/bias"},
+    }.get(text, set())  # fmt: skip
+    assert {leaf.path for leaf in plan.trainable} == expected
+    undecayed = [leaf.path for leaf in plan.leaves if not leaf.decay and len(leaf.shape) > 1]
+    assert undecayed == ["embed/position"]
+
+
+@pytest.mark.parametrize("kind", sorted(layers.NORMS))
+@pytest.mark.parametrize("name", ["norm1", "final_norm", "RMSNorm_0", "ln_post"])
+def test_norms_of_every_kind_are_found(kind, name):
+    norm = layers.norm(layers.Common(norm=kind), name)
+    params = jax.eval_shape(lambda: norm.init(jax.random.key(0), jnp.zeros((2, 4, 4, 8)), frozenset()))["params"]
+    tree = {"block1": {name: params, "fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, "head": jnp.ones(2)}
+    plan = plans.build(strategies.norms_only()(tuple(tree)), tree)
+    assert {leaf.path for leaf in plan.trainable} == {f"block1/{name}/{leaf}" for leaf in params} | {"head"}
+    assert set(params) == ({"scale"} if kind == "rms" else {"scale", "bias"})
 
 
 # ---- the laws, on what decides: the first rule of each path

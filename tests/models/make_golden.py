@@ -12,7 +12,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import torch_reference as reference
 
-SIZES = {"efficientnet_b0": 75, "efficientnet_lite1": 60, "resnet18": 70, "resnet50": 75}
+SIZES = {
+    "efficientnet_b0": 75,
+    "efficientnet_lite1": 60,
+    "resnet18": 70,
+    "resnet50": 75,
+    "vit_mini": 32,
+    "vit_tiny_patch16": 224,
+}
 CLASSES = 10
 
 
@@ -30,7 +37,7 @@ def main():
             reference.GOLDEN / f"{name}.npz",
             logits=logits(net, size),
             size=size,
-            statistics=np.concatenate(statistics).astype(np.float16),
+            statistics=np.concatenate([np.zeros(0), *statistics]).astype(np.float16),
             tensors=np.array([" ".join(map(str, (key, *value.shape))) for key, value in tensors.items()]),
         )
     net = reference.model("efficientnet_lite0", 1000, 224)

@@ -11,7 +11,7 @@ from flax import traverse_util
 from tljax import models
 from tljax.errors import UserError
 
-TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny"]
+TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini"]
 CLASSES = 5
 
 
@@ -43,14 +43,15 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    assert model.stages[0] == "stem"
+    is_vit = name.startswith("vit")
+    assert model.stages[0] == ("embed" if is_vit else "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
         f"block{i}" for i in range(1, sum(s.startswith("block") for s in model.stages) + 1)
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    assert bool(stats) == (name != "groupnorm_tiny")
+    assert bool(stats) == (name != "groupnorm_tiny" and not is_vit)
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
     assert models.input_size(name) == model.size
 
@@ -66,6 +67,11 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("resnet18", 11.69),
         ("resnet50", 25.56),
         ("resnet152", 60.19),
+        ("vit_tiny_patch16", 5.72),
+        ("vit_small_patch16", 22.05),
+        ("vit_base_patch16", 86.57),
+        ("vit_large_patch16", 304.33),
+        ("vit_huge_patch14", 632.05),
     ],
 )
 def test_parameter_counts(name, millions):
@@ -95,11 +101,16 @@ def test_runs_in_part_compose(name):
     whole, _ = train(model, variables, x, live=frozenset())
     assert whole.shape == (16, CLASSES)
     assert whole.dtype == jnp.float32
-    for stage in model.stages:
-        before, _ = train(model, variables, x, live=frozenset(), stop=stage)
-        after, _ = train(model, variables, before, live=frozenset(), start=stage)
+
+    @jax.jit
+    def in_two(variables, x):
+        before = {stage: model.apply(variables, x, stop=stage) for stage in model.stages}
+        return {stage: (y, model.apply(variables, y, start=stage)) for stage, y in before.items()}
+
+    for stage, (before, after) in in_two(variables, x).items():
         np.testing.assert_allclose(after, whole, rtol=0, atol=1e-5)
-        assert before.ndim == (2 if stage == "head" else 4)
+        within = 3 if name.startswith("vit") and stage != "embed" else 4  # tokens, or an image
+        assert before.ndim == (2 if stage == "head" else within)
     features, _ = train(model, variables, x, live=frozenset(), stop="head")
     head = variables["params"]["head"]
     assert features.shape == (16, len(head["kernel"]))

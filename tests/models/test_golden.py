@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from tljax import models, weights
 
-RANDOM = ["efficientnet_b0", "efficientnet_lite1", "resnet18", "resnet50"]
+RANDOM = ["efficientnet_b0", "efficientnet_lite1", "resnet18", "resnet50", "vit_mini", "vit_tiny_patch16"]
 
 
 def test_files_are_small():
@@ -19,8 +19,7 @@ def test_files_are_small():
 def test_logits(name):
     tensors, size, expected = reference.read_golden(name)
     model = models.create(name, expected.shape[1])
-    (table,) = models.conversion(name).values()
-    flat = reference.converted(table, tensors)
+    flat = reference.converted(reference.table(name), tensors)
     shapes = traverse_util.flatten_dict(models.shapes(model), sep="/")
     assert {path: value.shape for path, value in flat.items()} == {p: s.shape for p, s in shapes.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")

@@ -144,6 +144,50 @@ def test_group_norm_by_hand():
             np.testing.assert_allclose(got[example, :, :, group], expected, rtol=0, atol=1e-5)
 
 
+def test_layer_norm_and_rms_norm_by_hand():
+    x, scale, bias = (np.asarray(a, np.float64) for a in drawn(8, (2, 5, 8), (8,), (8,)))
+    x = 3 * x + 20
+    common, live = layers.Common(epsilon=1e-3), frozenset()
+    got = layers.LayerNorm(common).apply({"params": {"scale": scale, "bias": bias}}, x, live)
+    rms = layers.RMSNorm(common).apply({"params": {"scale": scale}}, x, live)
+    for example, token in np.ndindex(2, 5):
+        one = x[example, token]
+        expected = (one - one.mean()) / np.sqrt(one.var() + 1e-3) * scale + bias
+        np.testing.assert_allclose(got[example, token], expected, rtol=0, atol=1e-4)
+        expected = one / np.sqrt((one**2).sum() / 8 + 1e-3) * scale
+        np.testing.assert_allclose(rms[example, token], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "group"])
+def test_norms_without_statistics_are_the_same_whatever_is_live(kind):
+    (x,) = drawn(9, (2, 3, 3, 8))
+    norm = layers.norm(layers.Common(norm=kind), "norm")
+    state = norm.init(jax.random.key(0), x, frozenset())
+    assert set(state) == {"params"}
+    got, moved = norm.apply(state, x, frozenset({"", "norm"}), mutable=["batch_stats"])
+    np.testing.assert_array_equal(got, norm.apply(state, x, frozenset()))
+    assert not moved.get("batch_stats")
+    half = layers.norm(layers.Common(norm=kind, dtype=jnp.bfloat16), "norm").apply(state, x, frozenset())
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), got, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_dense_by_hand(use_bias):
+    x, kernel, bias = drawn(10, (2, 3, 4), (4, 5), (5,))
+    params = {"kernel": kernel, "bias": bias} if use_bias else {"kernel": kernel}
+    dense = layers.Dense(layers.Common(), 5, use_bias)
+    expected = np.zeros((2, 3, 5))
+    for i, j, out in np.ndindex(2, 3, 5):
+        expected[i, j, out] = sum(float(x[i, j, k]) * float(kernel[k, out]) for k in range(4))
+        expected[i, j, out] += float(bias[out]) if use_bias else 0
+    np.testing.assert_allclose(dense.apply({"params": params}, x), expected, rtol=0, atol=1e-5)
+    assert jax.tree.map(jnp.shape, dense.init(jax.random.key(0), x)["params"]) == jax.tree.map(jnp.shape, params)
+    assert (
+        layers.Dense(layers.Common(dtype=jnp.bfloat16), 5).init_with_output(jax.random.key(0), x)[0].dtype == "bfloat16"
+    )
+
+
 def test_dropout_drops_its_share_and_keeps_the_mean():
     head = layers.Head(layers.Common(), classes=2000, drop_rate=0.25)
     # The identity as weights: each logit is one input, dropped or scaled.

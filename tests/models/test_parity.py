@@ -20,6 +20,8 @@ SIZES = {
     "resnet18": 70,
     "resnet34": 64,
     "resnet50": 75,
+    "vit_mini": 32,
+    "vit_tiny_patch16": 224,
 }
 LARGE = {
     "efficientnet_lite2": 65,
@@ -33,14 +35,20 @@ LARGE = {
     "efficientnet_b7": 75,
     "resnet101": 64,
     "resnet152": 64,
+    "vit_base_patch16": 48,
+    "vit_base_patch16_mae": 48,
+    "vit_small_patch32": 96,
+    "vit_medium_patch16_gap": 64,
+    "vit_small_patch14_dinov2": 56,
+    "vit_small_patch14_reg4_dinov2": 56,
 }
 
 
 def ours(name, source, **fields):
     """Our model and the variables that a reference's state dict converts to."""
     model = models.create(name, CLASSES, **fields)
-    (table,) = models.conversion(name).values()
-    return model, traverse_util.unflatten_dict(reference.converted(table, source), sep="/")
+    flat = reference.converted(reference.table(name), source)
+    return model, {"batch_stats": {}, **traverse_util.unflatten_dict(flat, sep="/")}
 
 
 @pytest.mark.parametrize("name", [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
@@ -79,14 +87,15 @@ def test_logits_of_real_weights():
         ("efficientnet_lite0", 0.06),
         ("efficientnet_b0", 1e-3),
         ("resnet18", 1e-2),
+        ("vit_mini", 1e-4),
         pytest.param("resnet50", 1e-2, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_statistics(name, tolerance):
     """A training step's gradient of every leaf, and the statistics it leaves behind, with all norms live."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
-    size, batch = 64, 6
-    fields = {} if name.startswith("resnet") else {"dropout_rate": 0.0, "drop_connect_rate": 0.0}
+    size, batch = 32 if name == "vit_mini" else 64, 6
+    fields = {"dropout_rate": 0.0, "drop_connect_rate": 0.0} if name.startswith("efficientnet") else {}
     net = reference.model(name, CLASSES, size, **fields)
     model, variables = ours(name, reference.state_dict(net, size), drop_rate=0.0, drop_path_rate=0.0)
     x, weights = reference.images(batch, size), reference.draw("loss", (batch, CLASSES))
@@ -94,7 +103,7 @@ def test_gradients_and_statistics(name, tolerance):
     net.double().train()
     logits = net(reference.torch_order(x).double())
     (logits.softmax(-1) * torch.from_numpy(weights)).sum().backward()
-    (table,) = models.conversion(name).values()
+    table = reference.table(name)
     after = reference.converted(table, {key: value.numpy() for key, value in net.state_dict().items()})
     expected = reference.converted(table, {key: leaf.grad.numpy() for key, leaf in net.named_parameters()})
 
@@ -120,14 +129,14 @@ def test_gradients_and_statistics(name, tolerance):
             reference.assert_close(value, after[path], 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if "tiny" not in name])
+@pytest.mark.parametrize("name", [name for name in models.names() if not name.endswith("_tiny")])
 def test_conversion_covers_every_tensor(name):
     """Each tensor of each reference matches one row; together they fill each leaf once, in its shape."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
     with torch.device("meta"):
-        net = reference.model(name, CLASSES, 64)
+        net = reference.model(name, CLASSES, models.input_size(name))
     source = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in net.state_dict().items()}
-    (table,) = models.conversion(name).values()
+    table = reference.table(name)
     flat = {path: value.shape for path, value in reference.converted(table, source).items()}
     shapes = traverse_util.flatten_dict(models.shapes(models.create(name, CLASSES)), sep="/")
     assert flat == {path: leaf.shape for path, leaf in shapes.items()}

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tljax import models
+
 GOLDEN = Path(__file__).parent / "golden"
 EXTRA = "the PyTorch references are not installed: pip install -e '.[parity]'"
 
@@ -51,6 +53,8 @@ def model(name: str, classes: int, size: int, **fields):
     torch.set_num_threads(1)
     if name.startswith("resnet"):
         net = getattr(import_torchvision().models, name)(num_classes=classes)
+    elif name.startswith("vit"):
+        net = timm_vit(name, num_classes=classes, img_size=size, **fields)
     else:
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
@@ -62,11 +66,32 @@ def model(name: str, classes: int, size: int, **fields):
     return net.eval()
 
 
+def timm_vit(name: str, **fields):
+    """timm's Vision Transformer that is our model `name`, untrained; skips where timm is not installed."""
+    import_torchvision()
+    timm = pytest.importorskip("timm", reason=EXTRA)
+    if name == "vit_mini":
+        small = {"embed_dim": 32, "depth": 6, "num_heads": 2, "patch_size": 8, "img_size": 32}
+        return timm.models.VisionTransformer(**small | fields)
+    if name.endswith("_mae"):
+        name, fields = name.removesuffix("_mae"), {"global_pool": "avg", **fields}
+    if not name.endswith("dinov2"):
+        name += "_256" if name.endswith("gap") else "_224"
+    return timm.create_model(name, **fields)
+
+
+def table(name: str):
+    """The conversion table of our model `name` for the state dict of its reference here."""
+    return next(iter(models.conversion(name).values()))
+
+
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random weights for the tensor called `key`, the same everywhere: they follow from its name."""
     values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
     # Weak branches and gates: strong ones make a deep random network chaotic, and rounding grows by 1e5.
     gain = np.float32(0.2 if _BRANCH_OR_GATE.search(key) else 1)
+    if len(shape) == 3:  # tokens and positions
+        return np.float32(0.5) * values
     if len(shape) == 1:  # the scale of a norm is near one, biases near zero
         is_scale = key.endswith("weight")
         return gain * (is_scale + np.float32(0.2 if is_scale else 0.1) * values)
@@ -78,6 +103,18 @@ def is_statistic(key: str) -> bool:
     return key.endswith(("running_mean", "running_var"))
 
 
+def fill(net) -> None:
+    """Gives every tensor of the network `draw`'s values."""
+    import torch
+
+    net.load_state_dict(
+        {
+            key: torch.zeros_like(old) if "num_batches" in key else torch.from_numpy(draw(key, old.shape))
+            for key, old in net.state_dict().items()
+        }
+    )
+
+
 def state_dict(net, size: int) -> dict[str, np.ndarray]:
     """Fills the network with `draw`'s weights and random statistics; returns all its tensors by name.
 
@@ -87,12 +124,7 @@ def state_dict(net, size: int) -> dict[str, np.ndarray]:
     """
     import torch
 
-    net.load_state_dict(
-        {
-            key: torch.zeros_like(old) if "num_batches" in key else torch.from_numpy(draw(key, old.shape))
-            for key, old in net.state_dict().items()
-        }
-    )
+    fill(net)
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -152,6 +184,7 @@ TRANSFORMS = {
     "conv": lambda a: np.transpose(a, (2, 3, 1, 0)),
     "linear": lambda a: np.transpose(a),
     "same": lambda a: a,
+    "squeezed": lambda a: np.squeeze(a),
 }
 
 
@@ -160,15 +193,16 @@ def converted(table, source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     result = {}
     for key, value in source.items():
         rows = [
-            (target(match) if callable(target) else target and match.expand(target), transform)
-            for pattern, target, transform in table
-            if (match := re.fullmatch(pattern, key))
+            (match, target, transform) for pattern, target, transform in table if (match := re.fullmatch(pattern, key))
         ]
         assert len(rows) == 1, f"{key} matches {len(rows)} rows"
-        ((target, transform),) = rows
-        if target is not None:
-            assert target not in result, target
-            result[target] = TRANSFORMS[transform](value)
+        ((match, targets, transform),) = rows
+        targets = targets if isinstance(targets, tuple) else (targets,)
+        for target, part in zip(targets, np.array_split(value, len(targets)) if len(targets) > 1 else [value]):
+            if target is not None:
+                path = target(match) if callable(target) else match.expand(target)
+                assert path not in result, path
+                result[path] = TRANSFORMS[transform](part)
     return result
 
 

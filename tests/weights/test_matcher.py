@@ -174,12 +174,41 @@ def test_first_row_wins_and_rows_match_whole_names():
     table = ((r"a\.b", "params/x", "same"), (r"a\..*", "params/y", "same"), (r"c", "params/z", "same"))
     found = matcher.targets(["a.b", "a.c", "aXb", "cc", "c"], table)
     assert found == {
-        "a.b": ("params/x", "same"),
-        "a.c": ("params/y", "same"),
+        "a.b": (("params/x", "same", 0, 1),),
+        "a.c": (("params/y", "same", 0, 1),),
         "aXb": None,
         "cc": None,
-        "c": ("params/z", "same"),
+        "c": (("params/z", "same", 0, 1),),
     }
+
+
+def test_a_tuple_of_targets_divides_the_array():
+    shapes = {"params": {name: Shape((3, 2)) for name in "abc"}}
+    leaves = {f"params/{name}": (3, 2) for name in "abc"}
+    table = (
+        (r"all(\w)", ("params/a", lambda match: f"params/{match[1]}", None), "linear"),
+        (r"one", "params/c", "linear"),
+    )
+    arrays = {"allb": np.arange(18.0).reshape(6, 3), "one": np.ones((2, 3))}
+    of = lambda arrays: {name: array.shape for name, array in arrays.items()}
+    result = matcher.fit(of(arrays), table, leaves)
+    assert result.problems == 0
+    filled = matcher.fill(arrays, result, shapes)["params"]
+    assert filled["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert filled["b"].tolist() == [[6, 9], [7, 10], [8, 11]]
+    assert filled["c"].tolist() == [[1, 1]] * 3
+    # Each part is used once, and the whole must divide.
+    again = matcher.fit(of({**arrays, "allc": arrays["allb"]}), table, leaves)
+    assert again.twice == {"params/a": ("allb", "allc"), "params/c": ("one", "allc")}
+    assert set(matcher.fit({"allb": (7, 3), "one": (2, 3)}, table, leaves).misshaped) == {"params/a", "params/b"}
+    assert set(matcher.fit({"allb": (), "one": (2, 3)}, table, leaves).misshaped) == {"params/a", "params/b"}
+    assert matcher.fit(of(arrays), table, leaves, reset=("a",)).ignored == []
+    assert matcher.fit(of(arrays), table, leaves, reset=("a", "b")).ignored == ["allb"]
+
+
+def test_a_squeezed_array_loses_its_leading_ones():
+    for shape, expected in (((1, 1, 5), (5,)), ((1, 4, 5), (4, 5)), ((3, 1), (3, 1))):
+        assert matcher.transform("squeezed", np.zeros(shape)).shape == expected
 
 
 def test_a_leaf_filled_twice():

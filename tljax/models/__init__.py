@@ -7,21 +7,22 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from tljax import errors
-from tljax.models import efficientnet, naming, resnet
+from tljax.models import efficientnet, naming, resnet, vit
 from tljax.models.chain import Chain
 
-__all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "shapes"]
+__all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "positions", "shapes"]
 
+_FAMILIES = (efficientnet, resnet, vit)
 _COLLECTIONS = ("params", "batch_stats")
 
 
 def names() -> tuple[str, ...]:
     """The names of all models."""
-    return (*efficientnet.VARIANTS, *resnet.VARIANTS)
+    return tuple(name for family in _FAMILIES for name in family.VARIANTS)
 
 
 def _family(name: str):
-    for family in (efficientnet, resnet):
+    for family in _FAMILIES:
         if name in family.VARIANTS:
             return family
     raise errors.unknown("model", name, names())
@@ -50,6 +51,12 @@ def input_size(name: str) -> int:
 def conversion(name: str) -> dict[str, naming.Table]:
     """The conversion tables of a model, by the naming of the source."""
     return _family(name).conversion(name)
+
+
+def positions(name: str) -> dict[str, int]:
+    """{path of position embeddings: how many of them, the first, are of no patch}; {} for most models."""
+    family = _family(name)
+    return family.positions(name) if hasattr(family, "positions") else {}
 
 
 def _init(model: Chain, key: jax.Array, size: int | None) -> dict:

@@ -1,21 +1,24 @@
 """Words for conversion tables: rows `(pattern of a source key, target path, name of the transform)`.
 
-A target is a path, a function from the match to a path, or None for a key that is knowingly left out. The
-transforms are those of tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same".
+A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
+targets, between which the array is divided evenly along its first axis. The transforms are those of
+tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same", "squeezed" (without leading axes of one).
 """
 
 import re
 from collections.abc import Callable, Sequence
 
 Target = str | Callable[[re.Match], str] | None
-Row = tuple[str, Target, str]
+Row = tuple[str, Target | tuple[Target, ...], str]
 Table = tuple[Row, ...]
 
 
 def table(rows: Sequence[Row], number: Callable[[re.Match], int]) -> Table:
     """The rows with every `{}` in a target filled by the number of the block that the match is about."""
 
-    def filled(target: Target) -> Target:
+    def filled(target):
+        if isinstance(target, tuple):
+            return tuple(map(filled, target))
         if target is None or "{}" not in target:
             return target
         return lambda match: target.format(number(match))
@@ -31,4 +34,22 @@ def batch_norm(source: str, target: str) -> list[Row]:
         (rf"{source}\.running_mean", f"batch_stats/{target}/mean", "same"),
         (rf"{source}\.running_var", f"batch_stats/{target}/var", "same"),
         (rf"{source}\.num_batches_tracked", None, "same"),
+    ]
+
+
+def affine(source: str, target: str) -> list[Row]:
+    """The two rows of a PyTorch norm without statistics."""
+    return [
+        (rf"{source}\.weight", f"params/{target}/scale", "same"),
+        (rf"{source}\.bias", f"params/{target}/bias", "same"),
+    ]
+
+
+def dense(source: str, *targets: str, weight: str = r"\.weight", bias: str = r"\.bias") -> list[Row]:
+    """The two rows of a PyTorch linear layer, which may hold several of ours: query, key and value in one."""
+    part = lambda name: tuple(f"params/{target}/{name}" for target in targets)
+    one_or_all = lambda paths: paths if len(paths) > 1 else paths[0]
+    return [
+        (source + weight, one_or_all(part("kernel")), "linear"),
+        (source + bias, one_or_all(part("bias")), "same"),
     ]

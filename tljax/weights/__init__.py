@@ -1,8 +1,9 @@
 """Pre-trained weights: where they are, what is known about them (cards), and their strict conversion."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def load(
 ) -> Loaded:
     """Fills `shapes` ({"params": …, "batch_stats": …}, nested, of ShapeDtypeStruct) with pre-trained arrays.
 
-    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`.
+    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize:
+    position embeddings that are interpolated where the file's are of another number.
     The arrays have the leaves' shapes and types. Strict: raises UserError, one line, for weights of another
     model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
     """
@@ -105,7 +107,9 @@ def load(
     arrays = read(path)
     naming, table = _table(found, model_name, list(arrays))
     names = {name: array.shape for name, array in arrays.items()}
-    result = matcher.fit(names, table, leaves, reset)
+    resizable = _resizable(model_name)
+    resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
+    result = matcher.fit(names, table, leaves, reset, resize)
     if result.problems:
         if result.problems > _OTHER_MODEL * len(names):
             from tljax.weights import lookalike
@@ -115,8 +119,8 @@ def load(
                 raise UserError(
                     f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
                 )
-        raise matcher.mismatch(result, str(path), model_name, naming, table)
-    filled = matcher.fill(arrays, result, shapes)
+        raise matcher.mismatch(result, str(path), model_name, naming, table, resizable)
+    filled = matcher.fill(arrays, result, shapes, resize)
     return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))
 
 
@@ -127,8 +131,21 @@ def check(
     if found and found.model and found.model != model_name:
         raise UserError(f"weights {found.name!r} are of the model {found.model}, not {model_name}")
     matcher.check_reset(_patterns(reset), leaves)
-    if resize:
-        raise UserError(f"resize={', '.join(_patterns(resize))}: no leaf of {model_name} has a way to be resized")
+    ways = [matcher.path_of(leaf) for leaf in _resizable(model_name)] if resize else []
+    for pattern in _patterns(resize):
+        if not ways:
+            raise UserError(f"resize={pattern}: no leaf of {model_name} has a way to be resized")
+        if not any(matcher.covers((pattern,), path) for path in ways):
+            raise UserError(f"resize={pattern}: of {model_name} only {errors.listing(ways)} has a way to be resized")
+
+
+def _resizable(model_name: str) -> dict[str, Callable]:
+    """{leaf: how it is resized}, see `matcher.fill`."""
+    from tljax import models
+    from tljax.weights import positions
+
+    prefixes = models.positions(model_name)
+    return {f"params/{path}": functools.partial(positions.resize, prefix=n) for path, n in prefixes.items()}
 
 
 def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:

@@ -36,9 +36,10 @@ def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, s
             continue
         for naming, table in tables(name).items():
             found = matcher.targets(source, table).values()
-            if any(target is None for target in found):
+            if any(parts is None for parts in found):
                 continue
-            stages = {matcher.path_of(leaf).split("/")[0] for leaf, _ in found if leaf}
+            leaves = {part.leaf for parts in found for part in parts if part.leaf}
+            stages = {matcher.path_of(leaf).split("/")[0] for leaf in leaves}
             model = models.create(name, 2)
             if stages | {"head"} != set(model.stages):
                 continue

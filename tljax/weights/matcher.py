@@ -3,15 +3,16 @@
 Works on plain nested dicts. A conversion table is an ordered tuple of rows (pattern, target, transform): the
 first row whose regular expression matches a whole name in the file decides. The target is a template for
 `match.expand`, or a function of the match, or None (knowingly ignored), and says "params/stem/conv/kernel" or
-"batch_stats/stem/bn/mean".
+"batch_stats/stem/bn/mean". A tuple of targets divides the array between them, evenly along its first axis.
 """
 
 import dataclasses
 import difflib
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from tljax import errors
 from tljax.errors import UserError, listing
 from tljax.plan import matches
 
-Row = tuple[str, str | Callable[[re.Match], str] | None, str]
+Target = str | Callable[[re.Match], str] | None
+Row = tuple[str, Target | tuple[Target, ...], str]
 
 # Which axes of the file's array become the axes of ours; None leaves them.
 AXES: dict[str, tuple[int, ...] | None] = {
@@ -29,10 +31,36 @@ AXES: dict[str, tuple[int, ...] | None] = {
 }
 
 
+SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
+
+
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv" or "linear"."""
+    """`array` with its axes in our order; `name` is "same", "conv", "linear" or "squeezed"."""
+    if name == SQUEEZED:
+        return array.reshape(_transformed(array.shape, name))
     axes = AXES[name]
     return array if axes is None else np.transpose(array, axes)
+
+
+class Part(NamedTuple):
+    """What of one name in the file goes where: the `index`th of `of` equal parts along the first axis."""
+
+    leaf: str | None  # None: ignored
+    transform: str
+    index: int = 0
+    of: int = 1
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """The part of the file's array, its axes in our order."""
+        return transform(self.transform, np.split(array, self.of)[self.index] if self.of > 1 else array)
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape that `cut` gives; None where it cannot be."""
+        if self.of > 1:
+            if not whole or whole[0] % self.of:
+                return None
+            whole = (whole[0] // self.of, *whole[1:])
+        return _transformed(whole, self.transform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +90,9 @@ class Report:
 class Fit:
     """How names of a file and leaves of a model pair up; `problems` is 0 when they do without remainder."""
 
-    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # leaf -> (name in file, transform)
+    pairs: dict[str, tuple[str, Part]] = field(default_factory=dict)  # leaf -> (name in file, what of it)
     reset: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)  # names that no row knows
@@ -107,17 +136,18 @@ def covers(patterns: Iterable[str], path: str) -> bool:
     return any(matches(pattern, path) for pattern in patterns)
 
 
-def targets(names: Iterable[str], table: Sequence[Row]) -> dict[str, tuple[str | None, str] | None]:
-    """For each name: (leaf or None if ignored, transform), or None where no row matches the whole name."""
+def targets(names: Iterable[str], table: Sequence[Row]) -> dict[str, tuple[Part, ...] | None]:
+    """For each name its parts, all of it mostly; None where no row matches the whole name."""
     rows = [(re.compile(pattern), target, how) for pattern, target, how in table]
-    found: dict[str, tuple[str | None, str] | None] = {}
+    found: dict[str, tuple[Part, ...] | None] = {}
     for name in names:
         found[name] = None
         for pattern, target, how in rows:
             match = pattern.fullmatch(name)
             if match:
-                leaf = target(match) if callable(target) else target and match.expand(target)
-                found[name] = (leaf, how)
+                several = target if isinstance(target, tuple) else (target,)
+                leaves = [one(match) if callable(one) else one and match.expand(one) for one in several]
+                found[name] = tuple(Part(leaf, how, i, len(leaves)) for i, leaf in enumerate(leaves))
                 break
     return found
 
@@ -127,35 +157,44 @@ def fit(
     table: Sequence[Row],
     leaves: Mapping[str, tuple[int, ...]],
     reset: Sequence[str] = (),
+    resize: Collection[str] = (),
 ) -> Fit:
     """Pairs names with leaves by their shapes alone.
 
     source: name in the file → shape; leaves: "params/…" or "batch_stats/…" → shape; reset: stages or path
-    prefixes whose leaves take nothing from the file.
+    prefixes whose leaves take nothing from the file; resize: leaves whose first axis may differ.
     """
     result = Fit(reset=[leaf for leaf in leaves if covers(reset, path_of(leaf))])
-    for name, found in targets(source, table).items():
-        if found is None:
+    for name, parts in targets(source, table).items():
+        if parts is None:
             result.unmatched.append(name)
             continue
-        leaf, how = found
-        if leaf is None or covers(reset, path_of(leaf)):
+        wanted = [part for part in parts if part.leaf is not None and not covers(reset, path_of(part.leaf))]
+        if not wanted:
             result.ignored.append(name)
-        elif leaf not in leaves:
-            result.unexpected[name] = leaf
-        elif leaf in result.pairs:
-            result.twice[leaf] = (result.pairs[leaf][0], name)
-        else:
-            result.pairs[leaf] = (name, how)
-            shape, expected = _transformed(tuple(source[name]), how), tuple(leaves[leaf])
-            if shape != expected:
-                result.misshaped[leaf] = (tuple(source[name]) if shape is None else shape, expected)
+        for part in wanted:
+            leaf = part.leaf
+            if leaf not in leaves:
+                result.unexpected[name] = leaf
+            elif leaf in result.pairs:
+                result.twice[leaf] = (result.pairs[leaf][0], name)
+            else:
+                result.pairs[leaf] = (name, part)
+                shape, expected = part.shape(tuple(source[name])), tuple(leaves[leaf])
+                if shape == expected:
+                    continue
+                if leaf in resize and shape is not None and shape[1:] == expected[1:]:
+                    result.resized.append(leaf)
+                else:
+                    result.misshaped[leaf] = (tuple(source[name]) if shape is None else shape, expected)
     skipped = set(result.reset)
     result.missing = [leaf for leaf in leaves if leaf not in result.pairs and leaf not in skipped]
     return result
 
 
 def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
+    if how == SQUEEZED:
+        return tuple(itertools.dropwhile(lambda length: length == 1, shape))
     axes = AXES[how]
     if axes is None:
         return shape
@@ -173,7 +212,9 @@ def check_reset(reset: Sequence[str], leaves: Iterable[str]) -> None:
             raise UserError(f"reset={pattern!r} matches no leaf of the model{hint}")
 
 
-def mismatch(result: Fit, file: str, model: str, naming: str, table: Sequence[Row]) -> UserError:
+def mismatch(
+    result: Fit, file: str, model: str, naming: str, table: Sequence[Row], resizable: Collection[str] = ()
+) -> UserError:
     """The error for a fit that leaves a remainder: first ten names of each kind, counts, nearest names."""
     parts = []
     if result.missing:
@@ -194,6 +235,8 @@ def mismatch(result: Fit, file: str, model: str, naming: str, table: Sequence[Ro
     known = [*result.missing, *result.misshaped]
     stages = list(dict.fromkeys(path_of(leaf).split("/")[0] for leaf in known))
     hint = f"; to start it afresh: reset={stages[0]!r}" if len(stages) == 1 and not strange else ""
+    if not strange and set(known) <= set(resizable):
+        hint = f"; to resize it: resize={path_of(known[0])!r}" if known else ""
     return UserError(f"{file} does not fit {model} ({naming} naming): {'; '.join(parts)}{hint}")
 
 
@@ -216,13 +259,24 @@ def _by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) if shape else "a scalar"
 
 
-def fill(source: Mapping[str, np.ndarray], result: Fit, shapes: Mapping[str, Mapping]) -> dict[str, dict]:
-    """The trees of `shapes` with copies of the file's arrays in the leaves' types; reset leaves stay."""
+def fill(
+    source: Mapping[str, np.ndarray],
+    result: Fit,
+    shapes: Mapping[str, Mapping],
+    resize: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] | None = None,
+) -> dict[str, dict]:
+    """The trees of `shapes` with copies of the file's arrays in the leaves' types; reset leaves stay.
+
+    resize: leaf → function from the file's array and the length wanted to what goes into the leaf.
+    """
     leaves = flatten(shapes)
     flat = {leaf: leaves[leaf] for leaf in result.reset}
-    for leaf, (name, how) in result.pairs.items():
+    for leaf, (name, part) in result.pairs.items():
+        array = part.cut(source[name])
+        if leaf in result.resized:
+            array = resize[leaf](array, leaves[leaf].shape[0])
         # A copy in any case: the arrays of a file are a view of it, and the file may change.
-        flat[leaf] = np.array(transform(how, source[name]), dtype=leaves[leaf].dtype, order="C", copy=True)
+        flat[leaf] = np.array(array, dtype=leaves[leaf].dtype, order="C", copy=True)
     return _like(shapes, flat)
 
 
@@ -233,6 +287,7 @@ def report(result: Fit, shapes: Mapping[str, Mapping], naming: str) -> Report:
     return Report(
         loaded=tuple(map(path_of, loaded)),
         reset=tuple(map(path_of, result.reset)),
+        resized=tuple(map(path_of, result.resized)),
         ignored=tuple(result.ignored),
         numbers=sum(int(np.prod(leaves[leaf].shape)) for leaf in loaded if leaf.startswith("params/")),
         naming=naming,
