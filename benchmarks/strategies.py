@@ -22,7 +22,7 @@ import numpy as np
 from fruit import spread
 
 ROOT = Path(__file__).parent.parent
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = 3
 COMMON = {
     "image_size": 128, "train_for": "6 epochs", "optim.warmup": "0.5 epochs", "eval_every": "6 epochs",
@@ -42,7 +42,6 @@ STRATEGIES = {
     "bottleneck adapters": "bottleneck()",
     "layer-wise decay 0.75": "layerwise_decay(0.75)",
     "Auto-RGN": "auto_rgn",
-    "full, body × 0.1": "full(body=0.1)",
     "full": "full()",
     "LP-FT": "lp_ft(head='2 epochs')",
     "FreezeOut": "freeze_progressively(every='1.2 epochs')",

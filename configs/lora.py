@@ -14,6 +14,8 @@ def get_config(arg=""):
     given = arguments(arg, rank=8, alpha=16.0, dropout=0.0, targets="**", model="efficientnet_lite0")
     config = base(given.model)
     config.name = f"lora{given.rank}"
-    config.strategy = f"lora(rank={given.rank}, alpha={given.alpha}, dropout={given.dropout}, targets={given.targets!r})"
+    config.strategy = (
+        f"lora(rank={given.rank}, alpha={given.alpha}, dropout={given.dropout}, targets={given.targets!r})"
+    )
     config.optim.lr = 1e-3
     return config

@@ -184,6 +184,33 @@ def test_a_new_adapter_is_the_identity_and_changes_no_leaf_of_the_model(name, ki
     np.testing.assert_array_equal(adapted.apply(both, IMAGES), model.apply(alone, IMAGES))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "trains"),
+    [
+        ("lora(rank=2, targets='**/attn/{query,value}')", {"lora": 6 * 2 * 2}),
+        ("ia3(targets='**/attn/{key,value}', inputs='**/mlp/fc2')", {"ia3": 6 * 3}),
+        ("bottleneck(width=2, targets='**/mlp')", {"bottleneck": 6 * 4}),
+        ("prompts(tokens=2)", {"prompts": 6}),
+        ("prompts(tokens=2, deep=False)", {"prompts": 1}),
+    ],
+)
+def test_the_papers_forms_on_a_transformer(strategy, trains):
+    """Their leaves and the head's train, and each of them has a gradient (LoRA's A from the second step on)."""
+    chosen, model = strategies.parse(strategy), models.create("vit_mini", 3)
+    adapted = adapt(model, strategies.adapters_of(chosen), IMAGES)
+    params = models.initialise(adapted, jax.random.key(0), 32)["params"]
+    made = plan.build(chosen(model.stages), params, stages=model.stages)
+    (name, count) = trains.popitem()
+    own = [leaf.path for leaf in made.trainable if f"/{name}/" in leaf.path]
+    assert len(own) == count
+    assert {leaf.path for leaf in made.trainable} == {*own, "head/kernel", "head/bias"}
+    trainable, frozen = made.split(filled(params, name))
+    loss = lambda t: jnp.square(adapted.apply({"params": made.merge(t, frozen)}, IMAGES)).mean()
+    gradient = plan.flat(jax.jit(jax.grad(loss))(trainable))
+    assert set(gradient) == {leaf.path for leaf in made.trainable}
+    assert all(float(jnp.abs(g).max()) > 0 for g in gradient.values())
+
+
 def test_adapters_stack_and_are_switched_by_name():
     model = models.create("efficientnet_tiny", 3)
     adapted = adapt(
