@@ -283,3 +283,30 @@ def test_a_head_that_was_loaded_is_the_trained_one_on_the_source_task(place):
     assert model == net.model
     assert np.array_equal(under["head"]["bias"], net.params["head"]["bias"] + 1)
     assert set(plans.paths(net.params)) == set(exp.paths)
+
+
+@pytest.mark.parametrize("lacking", ["source", "val", "labels"])
+def test_the_pictures_of_less(tmp_path, lacking):
+    """Without a source task the path is drawn over alpha, without labels against the agreement."""
+    from tljax.report import source_pictures
+
+    figures = {"accuracy": 0.5, "nll": 1.0, "agreement": 0.9, "kl": 0.1, "top5": 0.8}
+    point = lambda alpha: {"alpha": alpha} | {k: dict(figures) for k in ("val", "test", "source")}
+    found = {"path": [point(0.0), point(1.0)], "best": {"alpha": 1.0, "metric": "val/nll", "value": 1.0},
+             "source": {"data": "x", "examples": 3, "labelled": 0 if lacking == "labels" else 3}}  # fmt: skip
+    if lacking == "source":
+        found["source"] = None
+    if lacking == "val":
+        found["best"] = None
+        found["path"] = [{k: v for k, v in p.items() if k != "val"} for p in found["path"]]
+    figure = source_pictures.wise_ft(found, tmp_path / "w.png")
+    labels = {"source": "α", "val": "source accuracy, % (3 photographs)",
+              "labels": "source: guesses as the loaded network, % (3 photographs)"}  # fmt: skip
+    assert figure.axes[0].get_xlabel() == labels[lacking]
+    assert len(wise_ft.lines(found)) == 3 + (lacking == "val")
+    assert any("nothing chooses" in line for line in wise_ft.lines(found)) == (lacking == "val")
+    stages = {"stem": {"relative_l2": 0.0, "cka": 1.0}, "body": {"relative_l2": None, "cka": None}}
+    lost = {"data": "x", "examples": 3, "labelled": 0, "before": {"agreement": 1.0}, "after": {"agreement": 0.5},
+            "stages": stages}  # fmt: skip
+    source_pictures.forgetting(lost, tmp_path / "f.png")
+    assert any(line.split() == ["body", "-", "-"] for line in forgetting.lines(lost))

@@ -46,7 +46,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.source.data_dir = ""  # of TFDS
 
     config.data = ConfigDict()
-    config.data.source = "fruit"  # "fruit", "folder:DIR", "parquet:PATH" or "tfds:NAME"
+    config.data.source = "fruit"  # "fruit", "folder:DIR", "filenames:DIR", "parquet:PATH" or "tfds:NAME"
     config.data.num_classes = 0  # 0: as the data says
     config.data.val = "split"  # "split", "fold:2/5" (of train + val), "fraction:0.1", "none"
     config.data.test = "split"  # "split" or, where a folder has none, "fraction:0.2"

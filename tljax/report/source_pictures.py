@@ -41,34 +41,48 @@ def forgetting(found: dict, path):
 
 
 def wise_ft(found: dict, path):
-    """Draws the target's metric against the source's along the path of alphas; returns the Figure.
+    """Draws the target's accuracy and NLL against the source's along the path of alphas; returns the Figure.
 
-    found: as `tljax.wise_ft.measure` returns it. Without a source task alpha is the abscissa.
+    found: as `tljax.wise_ft.measure` returns it. Without a source task alpha is the abscissa; without its labels the
+    agreement with the loaded network and the KL divergence from it.
     """
-    points, best = found["path"], found.get("best")
-    alphas = [point["alpha"] for point in points]
-    splits = [(name, colour) for name, colour in (("test", TRAIN), ("val", VAL)) if points[0].get(name)]
-    key = "accuracy" if points[0].get("source", {}).get("accuracy") is not None else "agreement"
-    has_source = "source" in points[0]
-    x = [100 * point["source"][key] for point in points] if has_source else alphas
-    with _figure(6.4, 4.4) as figure:
-        ax = figure.subplots()
-        ax.set_title("weights between loaded (α = 0) and trained (α = 1)")
-        for name, colour in splits:
-            y = [100 * point[name]["accuracy"] for point in points]
-            ax.plot(x, y, color=colour, lw=1.6, marker="o", ms=5, label=f"{name} accuracy")
-            for alpha, at, value in zip(alphas, x, y):
-                ax.annotate(f"α {alpha:g}", (at, value), (6, 5), textcoords="offset points", fontsize=8, color=colour)
-            if best and name == splits[0][0]:
-                i = alphas.index(best["alpha"])
-                label = f"best by {best['metric']}"
-                ax.plot([x[i]], [y[i]], "o", ms=11, mfc="none", mec=INK, mew=1.6, zorder=5, ls="none", label=label)
-        if has_source:
-            what = "source top-1 accuracy" if key == "accuracy" else "source: guesses as the loaded network"
-            ax.set_xlabel(f"{what}, % of {found['source']['labelled'] or found['source']['examples']:,} photographs")
-        else:
-            ax.set_xlabel("α")
-        ax.set_ylabel("target accuracy, %")
-        ax.margins(0.12)
-        ax.legend(loc="best", fontsize=9)
+    with _figure(11.6, 4.4) as figure:
+        axes = figure.subplots(1, 2)
+        for ax, metric in zip(axes, ("accuracy", "nll")):
+            _path(ax, found, metric)
+        axes[0].legend(loc="best", fontsize=9)
+        figure.suptitle("Weights between loaded (α = 0) and trained (α = 1)", x=0.01, ha="left", fontweight="bold")
         return _saved(figure, path)
+
+
+def _path(ax, found: dict, metric: str):
+    """One panel: the target's metric against the source's, a point an alpha, the best one by val ringed."""
+    points, best, about = found["path"], found["best"], found["source"]
+    share = metric == "accuracy"
+    scale, unit = (100, ", %") if share else (1, "")
+    name = "accuracy" if share else "negative log-likelihood"
+    alphas = [point["alpha"] for point in points]
+    x, label = alphas, "α"
+    if about and about["labelled"]:
+        x = [scale * point["source"][metric] for point in points]
+        label = f"source {name}{unit} ({about['labelled']:,} photographs)"
+    elif about:
+        x = [scale * point["source"]["agreement" if share else "kl"] for point in points]
+        what = "guesses as the loaded network" if share else "KL from the loaded network"
+        label = f"source: {what}{unit} ({about['examples']:,} photographs)"
+    ringed = False
+    for split, colour in (("test", TRAIN), ("val", VAL)):
+        if split not in points[0]:
+            continue
+        y = [scale * point[split][metric] for point in points]
+        ax.plot(x, y, color=colour, lw=1.6, marker="o", ms=5, label=split)
+        for alpha, at, value in zip(alphas, x, y) if about else ():
+            ax.annotate(f"{alpha:g}", (at, value), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+        if best and not ringed:
+            i, ringed = alphas.index(best["alpha"]), True
+            ring = f"best α by {best['metric']}"
+            ax.plot([x[i]], [y[i]], "o", ms=11, mfc="none", mec=INK, mew=1.6, zorder=5, ls="none", label=ring)
+    ax.set_title(name)
+    ax.set_xlabel(label)
+    ax.set_ylabel(f"target {name}{unit}")
+    ax.margins(0.12)
