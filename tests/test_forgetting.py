@@ -250,6 +250,23 @@ def test_the_path_ends_at_the_runs_own_figures_and_begins_at_the_loaded_weights(
     assert middle["val"]["nll"] == pytest.approx(np.mean(nll), rel=1e-4)
 
 
+def test_adapters_are_folded_in_and_their_share_is_alpha_too(tiny, place, tmp_path):
+    """LoRA in block3 alone: everything before it has not moved; the ends of the path are the run and the source."""
+    fields = {"weights": place / "weights.safetensors", "train_for": "6 steps",
+              "strategy": "lora(rank=2, targets='block3/conv*')"}  # fmt: skip
+    argv = [*changed(tiny, tmp_path, **fields), f"--config.source.data=folder:{place / 'photos'}"]
+    assert train.main(argv) == 0
+    told = summary(tmp_path)
+    stages = told["forgetting"]["stages"]
+    assert [stages[s]["relative_l2"] == 0 for s in stages] == [True, True, True, False]
+    assert wise_ft.main([f"--workdir={tmp_path}", "--alphas=0,1"]) == 0
+    first, last = json.loads((tmp_path / "wise_ft.json").read_text())["path"]
+    assert last["test"]["nll"] == pytest.approx(told["test"]["nll"], rel=1e-4)
+    assert last["source"]["kl"] == pytest.approx(told["forgetting"]["after"]["kl"], rel=1e-2, abs=1e-6)
+    assert first["source"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert last["source"]["kl"] > 1e-6
+
+
 def test_interpolation_is_exact_at_its_ends_and_leaves_what_was_not_loaded():
     rng = np.random.default_rng(0)
     loaded, trained = (

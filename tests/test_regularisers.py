@@ -298,6 +298,7 @@ def test_a_run_says_what_it_cannot_hold(tiny, place, tmp_path):
         ({"regulariser": "l2_sp()", "weights": weights, "strategy": "frozen()"}, "holds nothing"),
         ({"regulariser": "ewc()", "weights": weights}, "config.source.data = ''"),
         ({"regulariser": "l2_sp({'blok1': 1, '**': 1})", "weights": weights}, "nearest: block1"),
+        ({"regulariser": "l2_sp()", "weights": weights, "strategy": "lora(rank=1)"}, "holds nothing"),  # nor adapters
     ):
         with pytest.raises(UserError, match=line):
             train.main(changed(tiny, tmp_path / "w", **fields))

@@ -57,7 +57,8 @@ class Experiment:
             return None
         if self.card is None:
             raise UserError("config.regulariser needs loaded weights, config.weights = ''")
-        trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable}
+        own = set(plans.paths(adapters.plain(self.model, self.shapes["params"])))  # adapters begin as the identity
+        trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
         return regularisers.resolve(regulariser, self.shapes["params"], trained, self.config.reset)
 
     def plain_model(self, num_classes: int):
@@ -145,8 +146,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
     experiment = Experiment(config, model, card, preprocessing, shapes, timed)
-    if experiment.penalty and not (experiment.penalty.held or experiment.penalty.new):
-        raise UserError(f"config.regulariser = {config.regulariser!r} holds nothing: no loaded parameter trains")
+    _ = experiment.penalty  # its mistakes are told now
     return experiment
 
 

@@ -5,8 +5,8 @@ how far the features behind each stage have moved. Stages run one after another,
 stage are held, and for CKA the mean of every map over its positions.
 """
 
-import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,17 +66,38 @@ class Displacement:
         return float(cross / np.sqrt(own * other)) if own * other > 0 else None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _stage(model, variables, x, start, stop):
-    return model.apply(variables, x, start=start, stop=stop)
-
-
 @jax.jit
 def _compare(first, second):
     first, second = (x.astype(jnp.float32) for x in (first, second))
+    second = second[:, -first.shape[1] :] if first.ndim == 3 else second  # without the tokens of prompts
     inner = tuple(range(1, first.ndim))
     mean = lambda x: x.mean(inner[:-1]) if inner[:-1] else x
     return jnp.square(second - first).sum(inner), jnp.square(first).sum(inner), mean(first), mean(second)
+
+
+def runs(exp: Experiment, net: source.Network, params: Any, stats: Any) -> tuple[Callable, Callable]:
+    """Functions (x, start, stop) → y of the loaded and of the trained network, the latter under the loaded head.
+
+    A stage of both is one compiled program, given one's weights or the other's: where these are equal, so is y. Only
+    a stage with adapters is another one.
+    """
+    model, under = source.under_loaded_head(exp, net, params)
+    sites = getattr(model, "sites", {})
+    adapted = {path.split("/")[0] for paths in sites.values() for path in paths}
+    jitted = lambda model: jax.jit(
+        lambda variables, x, start, stop: model.apply(variables, x, start=start, stop=stop), static_argnums=(2, 3)
+    )
+    plain, own = jitted(net.model), jitted(model)
+
+    def of(params, stats, program):
+        placed = {
+            stage: jax.device_put({"params": {stage: params[stage]}, "batch_stats": {stage: stats.get(stage, {})}})
+            for stage in net.model.stages
+        }
+        return lambda x, start, stop: program(start)(placed[start], x, start, stop)
+
+    first = of(net.params, net.stats, lambda stage: plain)
+    return first, of(under, stats, lambda stage: own if stage in adapted else plain)
 
 
 def measure(exp: Experiment, net: source.Network, found: source.Photographs, params: Any, stats: Any) -> dict[str, Any]:
@@ -85,9 +106,7 @@ def measure(exp: Experiment, net: source.Network, found: source.Photographs, par
     Returns {"data", "examples", "labelled", "classes", "before": figures, "after": figures, "stages": {stage:
     {"relative_l2", "cka", "features"}}}, for summary.json. `figures` are those of `source.figures`.
     """
-    model, under = source.under_loaded_head(exp, net, params)
-    loaded = jax.device_put({"params": net.params, "batch_stats": net.stats})
-    trained = jax.device_put({"params": under, "batch_stats": stats})
+    first_run, second_run = runs(exp, net, params, stats)
     *body, head = net.model.stages
     displaced = {stage: Displacement(len(found.split)) for stage in body}
     features, logits, labels = dict.fromkeys(body, 0), ([], []), []
@@ -95,13 +114,12 @@ def measure(exp: Experiment, net: source.Network, found: source.Photographs, par
     for batch in source.batches(exp, found.split):
         first = second = normalise(batch["image"], p.mean, p.std)
         for stage, after in zip(body, (*body[1:], head)):
-            first = _stage(net.model, loaded, first, stage, after)
-            second = _stage(model, trained, second, stage, after)
+            first, second = first_run(first, stage, after), second_run(second, stage, after)
             moved, size, *means = map(np.asarray, _compare(first, second))
             displaced[stage].add(moved, size, *means)
             features[stage] = means[0].shape[1]
-        logits[0].append(np.asarray(_stage(net.model, loaded, first, head, None)))
-        logits[1].append(np.asarray(_stage(model, trained, second, head, None)))
+        logits[0].append(np.asarray(first_run(first, head, None)))
+        logits[1].append(np.asarray(second_run(second, head, None)))
         labels.append(batch["label"])
     before, after, labels = (np.concatenate(x) for x in (*logits, labels))
     return {

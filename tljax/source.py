@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax import models, weights
+from tljax import adapters, models, weights
 from tljax.data.dataset import Split, read
 from tljax.data.pipeline import eval_batches
 from tljax.data.table import Table
@@ -73,6 +73,13 @@ def under_loaded_head(exp: Experiment, net: Network, params: dict) -> tuple[Any,
     if not any(covers(exp.config.reset, path) for path in paths):
         return exp.model.clone(axis_name=None), params
     return exp.model.clone(axis_name=None, num_classes=net.classes), {**params, head: net.params[head]}
+
+
+def without_adapters(exp: Experiment, params: dict) -> tuple[Experiment, dict]:
+    """The experiment with adapters folded into plain weights. Raises UserError for those that cannot be."""
+    if not isinstance(exp.model, adapters.Adapted):
+        return exp, params
+    return replaced(exp, exp.model.model), host(adapters.merge(exp.model, params))
 
 
 def replaced(exp: Experiment, model: Any) -> Experiment:

@@ -67,6 +67,9 @@ class Run:
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
         self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
         examples = len(self.dataset.train)
+        penalty = self.exp.penalty
+        if penalty and not (penalty.held or penalty.new):
+            raise UserError(f"config.regulariser = {config.regulariser!r} holds nothing: no loaded parameter trains")
         with self.clock("data"):  # what is missing is told before a step is made, not behind the last one
             wanted = config.source.data
             self.source = source.photographs(config.source, source.num_classes(self.exp)) if wanted else None

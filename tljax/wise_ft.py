@@ -1,7 +1,8 @@
 """Weights between the loaded and the trained ones: `python -m tljax.wise_ft --workdir=RUN` (Wortsman et al. 2022).
 
 Every weight and statistic that was loaded becomes (1 − α) · loaded + α · trained. A new head stays the trained one for
-the target task; for the source task the loaded one is put back. Nothing is trained.
+the target task; for the source task the loaded one is put back. LoRA and IA3 are folded in first: their share is α as
+well. Nothing is trained.
 """
 
 import json
@@ -142,7 +143,8 @@ def main(argv: list[str]) -> int:
     console = Console()
     for line in task[1].report if task else ("no source task: give its photographs with --source=folder:DIR",):
         console.print(line)
-    found = measure(exp, layout, dataset, *source.host((params, stats)), alphas, task) | {"step": notes["step"]}
+    exp, params = source.without_adapters(exp, source.host(params))
+    found = measure(exp, layout, dataset, params, source.host(stats), alphas, task) | {"step": notes["step"]}
     for line in lines(found):
         console.print(line)
     workdir.write("wise_ft.json", json.dumps(found, indent=2) + "\n")
