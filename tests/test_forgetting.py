@@ -14,6 +14,7 @@ from tljax import evaluate, experiment, forgetting, source, train, weights, wise
 from tljax import plan as plans
 from tljax.data.table import Table
 from tljax.errors import UserError
+from tljax.report import console
 from tljax.workdir import Workdir
 
 
@@ -132,11 +133,14 @@ def test_cka_of_grams_and_of_covariances_is_the_definition(examples, features):
     assert turned.cka() == pytest.approx(1.0)
 
 
-def test_the_run_shows_it(finished, capsys):
+def test_the_run_shows_it(finished):
     page = (finished / "report.html").read_text()
     assert "<h2>Forgetting</h2>" in page
     assert (finished / "forgetting.png").read_bytes().startswith(b"\x89PNG")
-    assert summary(finished)["time"]["forgetting"] > 0
+    told = summary(finished)
+    assert told["time"]["forgetting"] > 0
+    before, after = (100 * told["forgetting"][when]["accuracy"] for when in ("before", "after"))
+    assert console.final_rows(told)["source accuracy"] == f"{after:.2f} %, {before:.2f} % before training"
 
 
 def test_the_command_repeats_it_and_takes_another_source(run, place, capsys):

@@ -70,7 +70,8 @@ def diagonal_fisher(
 def of_source(exp: Experiment) -> tuple[dict, str]:
     """Returns (the diagonal Fisher information that `config.regulariser` asks for, a line about it).
 
-    Every process of several measures the whole of it, on one device: it is small beside the training.
+    Every process of several measures the whole of it, on one device: it is small beside the training. At most 32
+    photographs are in memory at a time, with their activations.
     """
     asked, config, p = exp.penalty.regulariser, exp.config, exp.preprocessing
     net = source.network(exp)
@@ -91,9 +92,8 @@ def of_source(exp: Experiment) -> tuple[dict, str]:
         params = jax.tree.map(lambda a, b: b if a is None else a, part, rest["params"], is_leaf=is_none)
         return net.model.apply({"params": params, "batch_stats": rest["stats"]}, normalise(images, p.mean, p.std))
 
-    result, count, size = diagonal_fisher(
-        logits, measured, rest, source.batches(exp, split, config.batch_size), jax.random.key(config.seed), asked.labels
-    )
+    batches = source.batches(exp, split, min(config.batch_size, source.BATCH))
+    result, count, size = diagonal_fisher(logits, measured, rest, batches, jax.random.key(config.seed), asked.labels)
     drawn = "labels of the data" if asked.labels == "data" else "labels drawn from the loaded network's prediction"
     said = f"Fisher information of {count:,} photographs ({found.name}), {drawn}"
     return result, f"{said}; {text.size(size)} of gradients at a time"
