@@ -44,7 +44,14 @@ class Setting:
         self.layout = Layout(ConfigDict({"mode": mode, "fsdp": fsdp}), BATCH, options.get("accumulate", 1), devices)
         self.model = models.create(model, CLASSES, axis_name=self.layout.axis_name, drop_rate=0.3, drop_path_rate=0.2)
         variables = models.initialise(self.model, jax.random.key(1), SIZE)
-        self.params, self.stats = variables["params"], variables.get("batch_stats", {})
+        # Statistics as a loaded network has them: arithmetic on 0 and 1 would be exact, whatever it does.
+        self.params, self.stats = (
+            variables["params"],
+            jax.tree.map(
+                lambda x: x + jnp.asarray(np.random.default_rng(0).normal(0, 0.1, x.shape), x.dtype),
+                variables.get("batch_stats", {}),
+            ),
+        )
         self.plan = plans.build(
             strategies.parse(strategy)(self.model.stages), self.params, self.stats, self.model.stages
         )

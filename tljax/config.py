@@ -34,9 +34,19 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
     config.ema = 0.0  # decay of the moving average of the trained weights that is evaluated; 0: none
+    config.regulariser = ""  # against forgetting: a call of tljax.regularisers, as l2_sp(strength=0.01); "": none
+
+    config.source = ConfigDict()  # the source task: what the loaded network could do before (tljax.source)
+    config.source.data = ""  # its photographs, as config.data.source; "": forgetting is not measured
+    config.source.split = ""  # "train", "val" or "test" of them; "": all
+    config.source.limit = 0  # so many photographs, drawn with a fixed seed; 0: all
+    config.source.classes = ""  # a text file with a name of the loaded head's classes a line; "": folders say numbers
+    config.source.image_column = ""  # parquet and TFDS, as in config.data
+    config.source.label_column = ""
+    config.source.data_dir = ""  # of TFDS
 
     config.data = ConfigDict()
-    config.data.source = "fruit"  # "fruit", "folder:DIR", "parquet:PATH" or "tfds:NAME"
+    config.data.source = "fruit"  # "fruit", "folder:DIR", "filenames:DIR", "parquet:PATH" or "tfds:NAME"
     config.data.num_classes = 0  # 0: as the data says
     config.data.val = "split"  # "split", "fold:2/5" (of train + val), "fraction:0.1", "none"
     config.data.test = "split"  # "split" or, where a folder has none, "fraction:0.2"
@@ -123,6 +133,7 @@ def duration(text: str, steps_per_epoch: float, field: str) -> int:
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
+    "source.split": ("", "train", "val", "test"),
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -132,8 +143,8 @@ CHOICES = {
 }
 AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
     ("seed", "image_size", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed", "data.limit",
-     "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2",
-     "optim.clip"), 0,
+     "source.limit", "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay", "optim.momentum",
+     "optim.b1", "optim.b2", "optim.clip"), 0,
 ) | {"drop_rate": -1, "drop_path_rate": -1}  # fmt: skip
 AT_MOST = {"seed": 2**32 - 1, "label_smoothing": 1}
 BELOW = dict.fromkeys(("ema", "drop_rate", "drop_path_rate", "optim.momentum", "optim.b1", "optim.b2"), 1)

@@ -126,6 +126,7 @@ def estimate(exp: Experiment, plan: Plan, layout: Layout, forward: dict[str, flo
         exp.model, plan, tx, mean=p.mean, std=p.std, num_classes=exp.model.num_classes,
         smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
         ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=layout.axis_name,
+        penalty=exp.penalty,
     )  # fmt: skip
     state = exp.state_shapes(plan, tx)
     compiled = layout.compile_train(step, state, layout.abstract_batch(config.batch_size, p.size))

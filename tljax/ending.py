@@ -6,10 +6,10 @@ import time
 import jax
 import numpy as np
 
-from tljax import STARTED, data, experiment, parallel
+from tljax import STARTED, data, experiment, forgetting, parallel, source
 from tljax import plan as plans
 from tljax.data.transforms import resize_and_centre_crop
-from tljax.report import metrics, pictures
+from tljax.report import metrics, pictures, source_pictures
 from tljax.report.page import html
 from tljax.step import State, evaluated
 from tljax.workdir import Workdir
@@ -34,8 +34,14 @@ def conclude(run, state: State) -> None:
             if len(split):
                 shown, logits = split, run.evaluate(params, stats, split)
                 found[name] = metrics.classification(logits, split.labels, run.dataset.classes, run.dataset.coarse)
+    if run.source:
+        params, stats = run.layout.to_host((params, stats))
     if not run.workdir.writes:
         return
+    lost = {}
+    if run.source:
+        with run.clock("forgetting"):
+            lost = {"forgetting": forgetting.measure(run.exp, source.network(run.exp), run.source, params, stats)}
     path = run.workdir.path
     with run.clock("report"):
         pictures.curves(run.workdir.rows(), path / "curves.png", best["step"] if best else None)
@@ -43,11 +49,15 @@ def conclude(run, state: State) -> None:
             pictures.confusion(list(found.values())[-1]["confusion"], run.dataset.classes, path / "confusion.png")
             wrong = np.flatnonzero(logits.argmax(-1) != shown.labels)
             pictures.mistakes(mistakes(run, logits, shown, wrong), path / "mistakes.png", total=len(wrong))
+        if lost:
+            source_pictures.forgetting(lost["forgetting"], path / "forgetting.png")
     run.workdir.close()
-    told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found
+    told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found | lost
     run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
     page(run.workdir)
     run.console.final(told)
+    for line in forgetting.lines(lost["forgetting"]) if lost else ():
+        run.console.print(line)
     run.console.print(f"everything is in {path}; open {path / 'report.html'}")
 
 

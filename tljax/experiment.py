@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import adapters, models, optim, phases, strategies, weights
+from tljax import adapters, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
 from tljax.config import check, duration
@@ -44,6 +44,27 @@ class Experiment:
     shapes: dict  # {"params": …, "batch_stats": …} of jax.ShapeDtypeStruct
     plans: tuple[tuple[str, plans.Plan], ...]  # (duration, plan) of each phase
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The path of every parameter."""
+        return plans.paths(self.shapes["params"])
+
+    @functools.cached_property
+    def penalty(self) -> regularisers.Penalty | None:
+        """What holds the weights to the loaded ones (`config.regulariser`). Raises UserError."""
+        regulariser = regularisers.parse(self.config.regulariser)
+        if regulariser is None:
+            return None
+        if self.card is None:
+            raise UserError("config.regulariser needs loaded weights, config.weights = ''")
+        own = set(plans.paths(adapters.plain(self.model, self.shapes["params"])))  # adapters begin as the identity
+        trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
+        return regularisers.resolve(regulariser, self.shapes["params"], trained, self.config.reset)
+
+    def plain_model(self, num_classes: int):
+        """The config's model on one device, for so many classes."""
+        return _model(self.config, num_classes)
+
     def in_time(self, examples: int) -> tuple[phases.Phase, ...]:
         """The phases in steps, for so many training examples."""
         return phases.resolve(self.plans, *total_steps(self.config, examples))
@@ -61,7 +82,8 @@ class Experiment:
     def state_shapes(self, plan: plans.Plan, tx: optax.GradientTransformation) -> State:
         """Shapes and dtypes of the training state under a plan."""
         params, stats = self.shapes["params"], self.shapes["batch_stats"]
-        return jax.eval_shape(lambda p, s: init_state(plan, tx, p, s, self.config.ema), params, stats)
+        anchor = lambda params: self.penalty and self.penalty.anchor(params, params)
+        return jax.eval_shape(lambda p, s: init_state(plan, tx, p, s, self.config.ema, anchor(p)), params, stats)
 
     def saved_at(self, step: int, examples: int) -> tuple[plans.Plan, State]:
         """The plan of a checkpoint of that step, and the shapes of its state."""
@@ -87,20 +109,18 @@ class Experiment:
         return variables["params"], variables["batch_stats"], report
 
 
+def _model(config: ConfigDict, num_classes: int, axis_name: str | None = None):
+    rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
+    types = {name: jnp.dtype(config[name]) for name in ("dtype", "param_dtype")}
+    return models.create(config.model, num_classes, axis_name=axis_name, **types, **rates)
+
+
 def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Experiment:
     """Resolves a config. Raises UserError for whatever in it does not exist or does not fit."""
     check(config)
     Augment.of(config.augment)
     card = weights.card(config.weights, config.model) if config.weights else None
-    rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
-    model = models.create(
-        config.model,
-        num_classes,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        axis_name=layout.axis_name if layout else None,
-        **rates,
-    )
+    model = _model(config, num_classes, layout.axis_name if layout else None)
     if card is None:
         mean, std = DEFAULT_MEAN_STD
         preprocessing = Preprocessing(models.input_size(config.model), mean, std, "bicubic", 0.875)
@@ -125,7 +145,9 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
-    return Experiment(config, model, card, preprocessing, shapes, timed)
+    experiment = Experiment(config, model, card, preprocessing, shapes, timed)
+    _ = experiment.penalty  # its mistakes are told now
+    return experiment
 
 
 def classes_without_data(config: ConfigDict) -> int:

@@ -19,14 +19,18 @@ class State(NamedTuple):
     stats: Tree  # stored normalisation statistics
     optimizer: Tree  # over the trainable leaves alone
     average: Tree  # moving average {"params": trainable part, "stats": …}, or None
+    anchor: Tree = None  # what a regulariser holds the weights to {"params": …, "fisher": … or None}, constant; or None
 
 
-def init_state(plan: Plan, tx: optax.GradientTransformation, params: Tree, stats: Tree, ema: float) -> State:
-    """The state before the first step."""
+def init_state(
+    plan: Plan, tx: optax.GradientTransformation, params: Tree, stats: Tree, ema: float, anchor: Tree = None
+) -> State:
+    """The state before the first step; `anchor` is a `regularisers.Penalty`'s."""
     trainable, _ = plan.split(params)
     # The average starts as a copy: the state is donated, and one buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, {"params": trainable, "stats": stats}) if ema else None
-    return State(jnp.zeros((), jnp.int32), params, stats, tx.init(trainable), average)
+    anchor = jax.tree.map(jnp.copy, anchor)
+    return State(jnp.zeros((), jnp.int32), params, stats, tx.init(trainable), average, anchor)
 
 
 def evaluated(state: State, plan: Plan) -> tuple[Tree, Tree]:
@@ -46,14 +50,15 @@ def normalise(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
 def make_train_step(
     model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int, smoothing: float = 0.0,
     mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1, seed: int = 0,
-    axis_name: str | None = None,
+    axis_name: str | None = None, penalty=None,
 ):  # fmt: skip
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and with global semantics.
 
     `batch` is {"image": uint8 [batch, height, width, 3], "label": int32 [batch]}; metrics are the scalars
     loss, accuracy and grad_norm (of the trainable leaves, before clipping). Only the trainable leaves are
-    differentiated. Randomness is a function of (seed, step). With `axis_name` the step is one device's part
-    under `jax.pmap`, and gives what the global program under `jax.jit` gives.
+    differentiated. A `penalty` (`regularisers.Penalty`) adds its gradient once a step, before the clip; its value
+    is the metric `penalty`, and no part of `loss`. Randomness is a function of (seed, step). With `axis_name` the
+    step is one device's part under `jax.pmap`, and gives what the global program under `jax.jit` gives.
     """
     from tljax.data.mix import mix, soft_targets
 
@@ -101,6 +106,10 @@ def make_train_step(
         if axis_name is not None:
             grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), axis_name)
         trainable, frozen = plan.split(state.params)
+        metrics = {"loss": loss, "accuracy": accuracy}
+        if penalty is not None:
+            metrics["penalty"], pull = penalty(trainable, state.anchor)
+            grads = jax.tree.map(jnp.add, grads, pull)
         updates, optimizer = tx.update(grads, state.optimizer, trainable)
         trainable = optax.apply_updates(trainable, updates)
         average = state.average
@@ -108,10 +117,12 @@ def make_train_step(
             # The rate rises from 0 as (1 + t) / (10 + t) so that the first weights are soon forgotten.
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
-            average = optax.incremental_update({"params": trainable, "stats": stats}, average, rate)
-        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
+            # In this form what does not move stays bit for bit, as statistics of frozen norms must.
+            towards = lambda old, new: (old + rate * (new - old)).astype(old.dtype)
+            average = jax.tree.map(towards, average, {"params": trainable, "stats": stats})
+        metrics["grad_norm"] = optax.tree.norm(grads)
         params = plan.merge(trainable, frozen)
-        return State(state.step + 1, params, stats, optimizer, average), metrics
+        return State(state.step + 1, params, stats, optimizer, average, state.anchor), metrics
 
     return train_step
 

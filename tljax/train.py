@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, command, data, ending, experiment, optim, parallel, phases
+from tljax import STARTED, command, data, ending, experiment, fisher, optim, parallel, phases, source
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
@@ -67,6 +67,12 @@ class Run:
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
         self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
         examples = len(self.dataset.train)
+        penalty = self.exp.penalty
+        if penalty and not (penalty.held or penalty.new):
+            raise UserError(f"config.regulariser = {config.regulariser!r} holds nothing: no loaded parameter trains")
+        with self.clock("data"):  # what is missing is told before a step is made, not behind the last one
+            wanted = config.source.data
+            self.source = source.photographs(config.source, source.num_classes(self.exp)) if wanted else None
         self.total, self.per_epoch = experiment.total_steps(config, examples)
         self.phases = self.exp.in_time(examples)
 
@@ -112,6 +118,8 @@ class Run:
                 "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
                 "weights": list(filter(None, weights)),
                 "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
+                "source task": self.source and [f"{self.source.name}: {self.source.origin}", *self.source.report],
+                "regulariser": self.exp.penalty and self.exp.penalty.said(self.exp.shapes["params"]),
                 "workdir": str(self.workdir.path),
             }
         )
@@ -130,8 +138,17 @@ class Run:
             "data": self.dataset.digest, "frozen": phase.plan.frozen_digests(params, stats),
         }  # fmt: skip
         tx, _ = self.exp.optimizer(phase, examples)
+        anchor = self.exp.penalty and self.exp.penalty.anchor(params, self.fisher())
         begin = jax.jit(init_state, static_argnums=(0, 1, 4))
-        return self.layout.place(begin(phase.plan, tx, params, stats, self.config.ema))
+        return self.layout.place(begin(phase.plan, tx, params, stats, self.config.ema, anchor))
+
+    def fisher(self):
+        """The Fisher information of the source task, where the regulariser weighs by it."""
+        if not self.exp.penalty.regulariser.fisher:
+            return None
+        found, said = fisher.of_source(self.exp)
+        self.console.print(said)
+        return found
 
     def resume(self, step: int) -> State:
         """The state of a checkpoint, and what the run knew then. Raises UserError where something has changed."""
@@ -187,6 +204,7 @@ class Run:
             self.exp.model, self.plan, tx, mean=p.mean, std=p.std, num_classes=len(self.dataset.classes),
             smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
             ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=self.layout.axis_name,
+            penalty=self.exp.penalty,
         )  # fmt: skip
         batch = self.layout.abstract_batch(config.batch_size, p.size)
         program = self.layout.program(step, like)

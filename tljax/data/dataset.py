@@ -1,5 +1,6 @@
 """From config fields to a `Dataset` with three splits: every photograph once, labels as class numbers."""
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from tljax.data.catalogue import CATALOGUE
 from tljax.data.table import SPLITS, Table
 from tljax.errors import UserError, listing, unknown
 
-KINDS = ("parquet", "folder", "tfds")
+KINDS = ("parquet", "folder", "filenames", "tfds")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Split:
     def __getitem__(self, index: int) -> tuple[bytes | np.ndarray, int]:
         return self._images[int(self._rows[index])], int(self.labels[index])
 
+    def take(self, places: np.ndarray) -> "Split":
+        """The photographs at some places, in their order."""
+        part = copy.copy(self)
+        part._rows, part.labels = self._rows[places], self.labels[places]
+        return part
+
     @property
     def names(self) -> list[str]:
         """File name, or row, of each photograph."""
@@ -98,15 +105,13 @@ def load(config: Mapping) -> Dataset:
     Each photograph is used once; test is never split, tuned on or reshuffled.
     """
     fields = _resolve(config)
-    kind, _, where = fields.source.partition(":")
-    if kind not in KINDS or not where:
-        raise unknown("data source", fields.source, [*CATALOGUE, *(f"{kind}:…" for kind in KINDS)])
+    _kind(fields)
     if fields.on_bad not in ("stop", "skip"):
         raise unknown("value of data.on_bad", fields.on_bad, ("stop", "skip"))
     # Spelling mistakes surface before anything is read.
     val = splitting.parse("val", fields.val, ("split", "none", "fold", "fraction"))
     test = splitting.parse("test", fields.test, ("split", "fraction"))
-    table = _reader(kind)(fields, where)
+    table = _read(fields)
     report = list(table.notes)
 
     labels, classes = _class_numbers(table)
@@ -150,6 +155,13 @@ def load(config: Mapping) -> Dataset:
     )
 
 
+def read(config: Mapping) -> Table:
+    """One row a photograph of the data that fields such as those of `config.data` describe, before all settling."""
+    fields = _resolve(config)
+    table = _read(fields)
+    return dataclasses.replace(table, licence=fields.licence or table.licence, origin=fields.origin or table.origin)
+
+
 def _resolve(config: Mapping) -> Fields:
     """Config fields over the catalogue's over the defaults; an empty field never hides the catalogue's."""
     names = {f.name for f in dataclasses.fields(Fields)}
@@ -160,14 +172,25 @@ def _resolve(config: Mapping) -> Fields:
     return Fields(**{**given, "source": source, **entry, **{k: v for k, v in given.items() if k != "source"}})
 
 
-def _reader(kind: str):
+def _kind(fields: Fields) -> tuple[str, str]:
+    """What kind of source it is, and where."""
+    kind, _, where = fields.source.partition(":")
+    if kind not in KINDS or not where:
+        raise unknown("data source", fields.source, [*CATALOGUE, *(f"{kind}:…" for kind in KINDS)])
+    return kind, where
+
+
+def _read(fields: Fields) -> Table:
+    kind, where = _kind(fields)
     if kind == "parquet":
         from tljax.data import parquet as module
     elif kind == "folder":
         from tljax.data import folder as module
+    elif kind == "filenames":
+        from tljax.data import filenames as module
     else:
         from tljax.data import tfds as module
-    return module.read
+    return module.read(fields, where)
 
 
 def _class_numbers(table: Table) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -26,7 +26,9 @@ SUFFIXES = {
 }
 
 
-class _Files:
+class Files:
+    """Random access to files; a row becomes `bytes` when it is asked for."""
+
     def __init__(self, files: list[Path]):
         self._files = files
 
@@ -74,11 +76,11 @@ def read(fields, path: str) -> Table:
             splits += [split] * len(images)
     notes = [f"files of other endings ignored: {sum(others.values())} ({listing(sorted(others))})"] if others else []
     return Table(
-        images=_Files(files),
+        images=Files(files),
         labels=labels,
         names=[f.relative_to(root).as_posix() for f in files],
         splits=np.array(splits, dtype="U5"),
-        keys=_keys(files),
+        keys=content_keys(files),
         origin=str(root),
         notes=tuple(notes),
     )
@@ -88,7 +90,7 @@ def _folders(root: Path) -> list[Path]:
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _keys(files: list[Path]) -> list[str]:
+def content_keys(files: list[Path]) -> list[str]:
     """Equal for equal contents. Only files of equal size are read: of 500 photographs hardly any."""
     sizes = [f.stat().st_size for f in files]
     shared = {size for size, count in Counter(sizes).items() if count > 1}

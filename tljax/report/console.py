@@ -217,6 +217,12 @@ def final_rows(summary: dict) -> dict[str, str | list[str]]:
             for key, name in LOSSES:
                 if figures.get(key) is not None:
                     rows[f"test {name}"] = f"{figures[key]:.4f}"
+    lost = get("forgetting")
+    for key, name in (("accuracy", "source accuracy"), ("agreement", "source agreement")):
+        if key in (lost.get("after") or {}):
+            now, then = (text.percent(lost[when][key], 2) for when in ("after", "before"))
+            rows[name] = f"{now}, {then} before training"
+            break
     if test.get("examples"):
         rows["test photographs"] = text.thousands(test["examples"])
     if summary.get("evaluated_step") is not None:

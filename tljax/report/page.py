@@ -14,6 +14,10 @@ PICTURES = (
     ("confusion.png", "Confusion", "A row is a label, a column a guess; colour is the share of the row."),
     ("mistakes.png", "Worst mistakes", "The wrong guesses that the model was surest of."),
 )
+SOURCE_PICTURES = (  # where there is a source task
+    ("forgetting.png", "Forgetting", "The source task before and after, and how far each stage's features moved."),
+    ("wise_ft.png", "Between loaded and trained", "Target against source, on the straight path between the weights."),
+)
 FIGURES = (  # key, name, what it means, how it is written
     ("accuracy", "accuracy", "guesses that are right", lambda v: text.percent(v, 2)),
     ("coarse_accuracy", "coarse accuracy", "right up to the coarse class", lambda v: text.percent(v, 2)),
@@ -38,6 +42,7 @@ def html(workdir) -> epath.Path:
         parts += [_cards(summary), _splits(summary)]
     parts += [_picture(workdir, *PICTURES[0]), _per_class(summary or {})]
     parts += [_picture(workdir, *picture) for picture in PICTURES[1:]]
+    parts += [_picture(workdir, *picture) for picture in SOURCE_PICTURES if (workdir / picture[0]).exists()]
     parts += [_plan(workdir, summary or {}), _times(summary or {}), _evaluations(workdir)]
     parts += [_origins(summary or {}), _listings(config, summary)]
     body = "\n".join(part for part in parts if part)

@@ -124,6 +124,27 @@ def load(
     return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))
 
 
+def num_classes(spec: str | Card, model_name: str) -> int:
+    """The number of classes that pre-trained weights tell apart, from the shape of their own head.
+
+    Raises UserError for a file that cannot be read or has no head.
+    """
+    from tljax import models
+
+    found = spec if isinstance(spec, Card) else card(spec, model_name)
+    path = _file(found.source, found.name)
+    arrays = read(path)
+    _, table = _table(found, model_name, list(arrays))
+    two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
+    pairs = matcher.fit({name: array.shape for name, array in arrays.items()}, table, {k: () for k in three}).pairs
+    for leaf, (name, how) in pairs.items():
+        shape = matcher.transform(how, arrays[name]).shape
+        for axis, (a, b) in enumerate(zip(two[leaf].shape, three[leaf].shape)):
+            if a != b and len(shape) == len(three[leaf].shape):
+                return shape[axis]
+    raise UserError(f"{path} has no head: nothing tells its classes, so there is no source task")
+
+
 def check(
     found: Card | None, model_name: str, leaves: Iterable[str], reset: Sequence[str] = (), resize: Sequence[str] = ()
 ) -> None:
