@@ -23,7 +23,7 @@ import optax
 from tljax.config import call
 from tljax.data.table import SPLITS
 from tljax.errors import UserError, listing
-from tljax.plan import build, matches, paths
+from tljax.plan import build, flat, matches, paths
 from tljax.report import text
 
 Tree = Any
@@ -117,19 +117,16 @@ class Penalty:
 
     def said(self, params: Tree) -> str:
         """How much is held, and what that costs, in one line."""
-        sizes = {path: leaf.size for path, leaf in _by_path(params).items()}
-        held, new = (sum(sizes[path] for path in group) for group in (self.held, self.new))
-        size = sum(
-            leaf.size * (leaf.dtype.itemsize + 4 * self.regulariser.fisher)
-            for path, leaf in _by_path(params).items()
-            if path in self.held
-        )
+        leaves = flat(params)
+        held, new = (sum(leaves[path].size for path in group) for group in (self.held, self.new))
+        each = lambda leaf: leaf.dtype.itemsize + 4 * self.regulariser.fisher
+        size = sum(leaves[path].size * each(leaves[path]) for path in self.held)
         also = f", {new:,} new ones to 0" if new else ""
         return f"{held:,} values held to the loaded ones{also}; their anchor takes {text.size(size)}"
 
     def __call__(self, trainable: Tree, anchor: dict[str, Tree]) -> tuple[jax.Array, Tree]:
         """Returns (0.5 · Σ strength · F · (w − w₀)², its gradient) for the trainable part of the parameters."""
-        loaded, fisher = (_by_path(anchor[name]) for name in ("params", "fisher"))
+        loaded, fisher = (flat(anchor[name]) for name in ("params", "fisher"))
         total, gradients = jnp.zeros((), jnp.float32), []
         leaves, structure = jax.tree.flatten(trainable)
         for path, leaf in zip(paths(trainable), leaves):
@@ -137,7 +134,8 @@ class Penalty:
             distance = leaf.astype(jnp.float32)
             if path in self.held:
                 distance = distance - loaded[path].astype(jnp.float32)
-            pull = strength * fisher.get(path, 1.0) * distance
+            weight = fisher[path] if self.regulariser.fisher and path in self.held else 1.0
+            pull = strength * weight * distance
             total += 0.5 * jnp.sum(pull * distance)
             gradients.append(pull.astype(leaf.dtype) if strength else jnp.zeros_like(leaf))
         return total, structure.unflatten(gradients)
@@ -172,10 +170,6 @@ def pull(penalty: Penalty, anchor: dict[str, Tree]) -> optax.GradientTransformat
         return jax.tree.map(jnp.add, grads, penalty(params, state)[1]), state
 
     return optax.GradientTransformation(lambda params: anchor, update)
-
-
-def _by_path(tree: Tree) -> dict[str, Any]:
-    return dict(zip(paths(tree), jax.tree.leaves(tree)))
 
 
 def _map(tree: Tree, of, wanted: set[str]) -> Tree:

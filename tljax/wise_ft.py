@@ -16,7 +16,7 @@ from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.evaluate import Evaluator, restore
 from tljax.experiment import Experiment
-from tljax.plan import paths
+from tljax.plan import flat, paths
 from tljax.report import metrics, text
 from tljax.weights.matcher import covers
 
@@ -29,7 +29,7 @@ def interpolate(loaded: Any, trained: Any, alpha: float, reset: tuple[str, ...] 
 
     So α = 1 gives the trained weights bit for bit, and α = 0 the loaded ones.
     """
-    before = dict(zip(paths(loaded), jax.tree.leaves(loaded)))
+    before = flat(loaded)
 
     def between(path, after):
         if path not in before or covers(reset, path):
