@@ -29,6 +29,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
     config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
+    config.norm_stats = "plan"  # whose statistics move: norms that train ("plan"), none ("frozen"), all ("batch")
     config.train_for = "15 epochs"  # durations are "n steps" or "n epochs"
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
@@ -125,6 +126,7 @@ CHOICES = {
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "norm_stats": ("plan", "frozen", "batch"),
     "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),

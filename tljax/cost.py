@@ -82,7 +82,7 @@ def theory(plan: Plan, forward: dict[str, float]) -> float:
     gradient of the weights costs one more, in proportion to the share of the stage's kernels that trains. (A first
     live stage whose first layer alone trains costs a pass back less: nothing needs the gradient of its input.)
     """
-    behind = plan.stages[len(plan.prefix) :]
+    behind = plan.stages[plan.stages.index(plan.live_stages[0]) :]
     activations = sum(forward[stage] for stage in behind if stage != plan.stages[0])
     return sum(forward.values()) + activations + sum(forward[s] * kernel_share(plan, s) for s in behind)
 
@@ -99,7 +99,7 @@ def remark(plan: Plan, forward: dict[str, float]) -> str | None:
     "a bias trains in 'stem': the backward pass runs through all 16 stages from 'block1' to 'block16', of which no
     kernel trains: 31 % of the step". None where no such stage lies behind the first live one.
     """
-    first = len(plan.prefix)
+    first = plan.stages.index(plan.live_stages[0])
     # Up to the first stage behind it whose kernels train: from there the backward pass is needed anyway.
     until = next((i for i in range(first + 1, len(plan.stages)) if kernel_share(plan, plan.stages[i])), first + 1)
     crossed = plan.stages[first + 1 : until]
@@ -176,7 +176,8 @@ def compare(config, num_classes: int, strategies: Iterable[str], devices: int = 
     if strategies:
         rules = lambda strategy: parse(strategy)(exp.model.stages)
         params, stats = exp.shapes["params"], exp.shapes["batch_stats"]
-        plans = [(s, build_plan(rules(s), params, stats, exp.model.stages, config.optim.no_decay)) for s in strategies]
+        more = exp.model.stages, config.optim.no_decay, config.norm_stats
+        plans = [(s, build_plan(rules(s), params, stats, *more)) for s in strategies]
     else:
         phases = [(f"phase {i}, {length}", plan) for i, (length, plan) in enumerate(exp.plans, 1)]
         plans = phases if len(phases) > 1 else [(config.phases or config.strategy, exp.plans[0][1])]

@@ -115,7 +115,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     if config.phases:
         pairs = phases.parse(config.phases)(model.stages)
     resolve = lambda rules: plans.build(
-        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay
+        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
     return Experiment(config, model, card, preprocessing, shapes, timed)
@@ -141,6 +141,7 @@ def plan_table(experiment: Experiment):
         "optimizer_bytes": total,
         "frozen prefix": f"{plan.prefix[0]} … {plan.prefix[-1]}" if plan.prefix else "none",
         "strategy": config.phases or config.strategy,
+        "norm_stats": None if config.norm_stats == "plan" else config.norm_stats,
         "digest": plan.digest[:16],
     }
     if len(experiment.plans) > 1:

@@ -7,6 +7,7 @@ A plan serves any pytree of parameters whose leaves have a shape and a dtype: no
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax.errors import UserError, listing, nearest
+from tljax.errors import UserError, listing, nearest, unknown
 
 Tree = Any
 NO_DECAY = ("**/bias", "**/scale", "**/position*")
+NORM_STATS = ("plan", "frozen", "batch")
 
 
 @functools.cache
@@ -106,6 +108,7 @@ class Plan:
     leaves: tuple[Leaf, ...]
     structure: Any  # treedef of the parameters
     stats: tuple[tuple[str, int], ...]  # (path, number of values) of the normalisation statistics
+    norm_stats: str = "plan"  # which statistics move: as the plan says, none ("frozen"), all ("batch")
 
     @property
     def trainable(self) -> tuple[Leaf, ...]:
@@ -134,6 +137,15 @@ class Plan:
         is_none = lambda x: x is None
         return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=is_none)
 
+    def split_stats(self, stats: Tree) -> tuple[Tree, Tree]:
+        """Parts normalisation statistics into (those that move, those that are stored), as `split` does parameters."""
+        values, structure = jax.tree.flatten(stats)
+        moves = [path.rpartition("/")[0] in self.live_norms for path in paths(stats)]
+        return (
+            structure.unflatten([v if moving else None for v, moving in zip(values, moves)]),
+            structure.unflatten([None if moving else v for v, moving in zip(values, moves)]),
+        )
+
     def _flatten(self, tree: Tree) -> list:
         values, structure = jax.tree.flatten(tree)
         if structure != self.structure:
@@ -152,12 +164,23 @@ class Plan:
 
     @functools.cached_property
     def live_norms(self) -> frozenset[str]:
-        """Module paths of the norms whose stored statistics move: those of which a parameter trains.
+        """Module paths of the norms that normalise by the batch and whose stored statistics move.
 
-        A norm that has statistics but no parameters of its own follows its stage.
+        Those of which a parameter trains (a norm without parameters of its own follows its stage), unless
+        `norm_stats` says that none moves, or that all do.
         """
+        if self.norm_stats == "plan":
+            return self._norms_that_train
+        return self._norms if self.norm_stats == "batch" else frozenset()
+
+    @functools.cached_property
+    def _norms(self) -> frozenset[str]:
+        return frozenset(path.rpartition("/")[0] for path, _ in self.stats)
+
+    @functools.cached_property
+    def _norms_that_train(self) -> frozenset[str]:
         live = set()
-        for norm in {path.rpartition("/")[0] for path, _ in self.stats}:
+        for norm in self._norms:
             own = [leaf for leaf in self.leaves if leaf.path.startswith(norm + "/")]
             if any(leaf.multiplier for leaf in own) or (not own and norm.split("/")[0] in self.live_stages):
                 live.add(norm)
@@ -170,8 +193,9 @@ class Plan:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The frozen prefix: the stages from the input on that nothing trainable influences."""
-        return self.stages[: self.stages.index(self.live_stages[0])]
+        """The frozen prefix: the stages from the input on in which nothing trains and no statistics move."""
+        moving = {*self.live_stages, *(norm.split("/")[0] for norm in self.live_norms)}
+        return tuple(itertools.takewhile(lambda stage: stage not in moving, self.stages))
 
     @functools.cached_property
     def frozen(self) -> dict[str, int]:
@@ -188,8 +212,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf."""
-        return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves})
+        """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf.
+
+        And of the norms that do otherwise than what trains would have them do, whether their statistics move.
+        """
+        otherwise = {f"batch_stats/{n}": str(n in self.live_norms) for n in self.live_norms ^ self._norms_that_train}
+        return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves} | otherwise)
 
     def totals(self) -> dict[str, int]:
         """{"parameters": number of values, "trainable": of which these train}."""
@@ -246,16 +274,20 @@ def build(
     stats: Tree = None,
     stages: tuple[str, ...] | None = None,
     no_decay: tuple[str, ...] = NO_DECAY,
+    norm_stats: str = "plan",
 ) -> Plan:
     """Resolves ordered rules against parameters: the first rule that matches a path decides.
 
     `params` and `stats` are trees of arrays or of shapes (`jax.ShapeDtypeStruct`); `stages` are their
     top-level keys from input to output (by default in the tree's order). Weight decay leaves out what
-    `no_decay` matches and every leaf of fewer than two dimensions.
+    `no_decay` matches and every leaf of fewer than two dimensions. `norm_stats`: "plan", the statistics of a norm
+    move iff one of its own parameters trains; "frozen", none do; "batch", all do, as elsewhere by default.
 
     Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains.
     """
     rules = tuple(rules)
+    if norm_stats not in NORM_STATS:
+        raise unknown("norm_stats", norm_stats, NORM_STATS)
     names, shapes = paths(params), jax.tree.leaves(params)
     if stages is None:
         stages = tuple(dict.fromkeys(name.split("/")[0] for name in names))
@@ -277,7 +309,7 @@ def build(
     if not any(leaf.multiplier for leaf in leaves):
         raise UserError("everything is frozen: no rule gives a multiplier above 0")
     sizes = tuple((p, math.prod(s.shape)) for p, s in zip(paths(stats), jax.tree.leaves(stats)))
-    return Plan(tuple(stages), rules, tuple(leaves), jax.tree.structure(params), sizes)
+    return Plan(tuple(stages), rules, tuple(leaves), jax.tree.structure(params), sizes, norm_stats)
 
 
 def main(argv: list[str]) -> int:

@@ -109,6 +109,9 @@ def make_train_step(
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
             average = optax.incremental_update({"params": trainable, "stats": stats}, average, rate)
+            # A weighted mean of equal values is not, to the last bit, that value.
+            moving, stored = plan.split_stats(average["stats"])[0], plan.split_stats(stats)[1]
+            average = average | {"stats": plan.merge(moving, stored)}
         metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
         params = plan.merge(trainable, frozen)
         return State(state.step + 1, params, stats, optimizer, average), metrics
