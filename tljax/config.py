@@ -81,6 +81,9 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.select = "last"  # the checkpoint of the final figures: "last" or "best" (a small val chooses badly)
     config.early_stop = 0  # end after this many evaluations without a better one; 0: never
 
+    config.checkpoint = ConfigDict()
+    config.checkpoint.delta = False  # leave out what has never trained: restoring takes it from the weights again
+
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
     config.parallel.fsdp = 1  # devices over which each large leaf is laid

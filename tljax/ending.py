@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from tljax import STARTED, data, experiment, parallel
-from tljax import plan as plans
 from tljax.data.transforms import resize_and_centre_crop
 from tljax.report import metrics, pictures
 from tljax.report.page import html
@@ -23,8 +22,7 @@ def conclude(run, state: State) -> None:
     chosen = best["step"] if best and run.config.select == "best" else steps
     if chosen != steps:
         del state  # its memory is wanted
-        plan, like = run.exp.saved_at(chosen, len(run.dataset.train))
-        state = run.checkpoints.restore(chosen, run.layout.abstract(like))
+        plan, state = run.exp.restore(run.checkpoints, chosen, run.layout, len(run.dataset.train))
     run.checkpoints.close()
     params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
@@ -91,7 +89,7 @@ def summary(run, steps: int) -> dict:
         "plan": plan.totals() | {"optimizer_bytes": run.optimizer_bytes, "digest": plan.digest},
         "frozen": {
             "values": sum(run.never_trained.values()),
-            "digest": plans.combined({path: run.notes["frozen"][path] for path in run.never_trained}),
+            "digest": run.base_digest(),
             "verified": True,  # run.verify has raised otherwise
             "steps": steps,
         },
@@ -100,6 +98,7 @@ def summary(run, steps: int) -> dict:
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
+        "checkpoint": {"delta": config.checkpoint.delta} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),
         "versions": experiment.versions(),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import models, optim, phases, strategies, weights
+from tljax import delta, models, optim, phases, strategies, weights
 from tljax import plan as plans
 from tljax.config import check, duration
 from tljax.data.catalogue import CATALOGUE
@@ -67,6 +67,22 @@ class Experiment:
         found = self.in_time(examples)
         phase = found[phases.index(found, step)]
         return phase.plan, self.state_shapes(phase.plan, self.optimizer(phase, examples)[0])
+
+    def restore(self, checkpoints, step: int, layout: Layout, examples: int) -> tuple[plans.Plan, State]:
+        """Returns (plan, placed state) of one of `checkpoints`, a `tljax.checkpoint.Checkpoints`.
+
+        XX
+        """
+        plan, like = self.saved_at(step, examples)
+        if not self.config.checkpoint.delta:
+            return plan, checkpoints.restore(step, layout.abstract(like))
+        found = self.in_time(examples)
+        absent = phases.never_trained(found[: phases.index(found, step) + 1])
+        state = checkpoints.restore(step, layout.abstract(delta.cut(like, absent)))
+        began = checkpoints.notes(step)["frozen"]
+        name = f"checkpoint {step} of {checkpoints.folder}"
+        digests = {path: began[path] for path in absent}
+        return plan, delta.fill(state, plan, self.load()[:2], digests, layout, name)
 
     def load(self) -> tuple[dict, dict, weights.Report | None]:
         """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""

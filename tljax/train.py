@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, command, data, ending, experiment, optim, parallel, phases
+from tljax import STARTED, command, data, delta, ending, experiment, optim, parallel, phases
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
 from tljax.evaluate import Evaluator
 from tljax.leaks import lint
-from tljax.plan import Plan
-from tljax.report import metrics
+from tljax.plan import Plan, combined
+from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, make_train_step
 from tljax.workdir import Workdir
@@ -138,8 +138,7 @@ class Run:
         self.notes = self.checkpoints.notes(step)
         if self.notes["data"] != self.dataset.digest:
             raise UserError(f"the data are not those that {self.workdir.path} was begun with")
-        plan, like = self.exp.saved_at(step, len(self.dataset.train))
-        state = self.checkpoints.restore(step, self.layout.abstract(like))
+        plan, state = self.exp.restore(self.checkpoints, step, self.layout, len(self.dataset.train))
         self.verify(state, plan)
         self.console.print(f"resumed from step {step}; the frozen values are those of the start")
         return state
@@ -160,9 +159,23 @@ class Run:
             steps = f"{self.phase.start}–{self.phase.stop}"
             live = experiment.live_spans(self.plan)
             self.console.print(f"phase {i + 1} of {len(self.phases)}, steps {steps}: {live}")
+        like = self.exp.state_shapes(self.plan, tx)
+        self.checkpoint_bytes = {"bytes": delta.nbytes(self.kept(like)), "whole_bytes": delta.nbytes(like)}
+        if self.config.checkpoint.delta:
+            held, whole = self.checkpoint_bytes.values()
+            share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
+            self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
         with self.clock("compile"):
-            self.compile(tx, self.layout.abstract(self.exp.state_shapes(self.plan, tx)))
+            self.compile(tx, self.layout.abstract(like))
         return state
+
+    def kept(self, state: State) -> State:
+        """What of a state, or of its shapes, a checkpoint holds."""
+        return delta.cut(state, self.never_trained) if self.config.checkpoint.delta else state
+
+    def base_digest(self) -> str:
+        """One digest over all that has never trained, as it was at the start."""
+        return combined({path: self.notes["frozen"][path] for path in self.never_trained})
 
     def verify(self, state: State, plan: Plan) -> None:
         """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
@@ -177,8 +190,9 @@ class Run:
         with self.clock("checkpoints"):
             self.verify(state, self.plan)
             self.notes["step"] = int(state.step)
+            self.notes["base"] = self.base_digest()
             best = self.notes["best"]
-            self.checkpoints.save(int(state.step), state, self.notes, best["step"] if best else None)
+            self.checkpoints.save(int(state.step), self.kept(state), self.notes, best["step"] if best else None)
 
     def compile(self, tx, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
