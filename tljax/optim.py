@@ -11,15 +11,23 @@ from tljax.config import duration
 from tljax.errors import UserError
 from tljax.plan import Plan, paths
 
+SLANT_RATIO = 32  # of the largest to the smallest rate of the slanted triangle
+
 
 def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Linear warm-up from 0, then cosine or linear to 0, or constant; a function of the step.
 
-    `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
+    Or slanted triangular (Howard & Ruder 2018): the warm-up rises from lr/32 to lr, then the rate falls linearly to
+    lr/32. `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
     """
-    warmup = duration(config.warmup, steps_per_epoch, "optim.warmup")
+    warmup = duration(config.warmup, steps_per_epoch, "optim.warmup", whole=total_steps)
     if warmup >= total_steps:
         raise UserError(f"config.optim.warmup = {config.warmup!r} is {warmup} steps, the run has {total_steps}")
+    if config.schedule == "slanted_triangular":
+        least, after = config.lr / SLANT_RATIO, total_steps - warmup
+        # The paper divides by cut * (1 / cut_frac - 1), which is this unless its cut was rounded: then it ends below 0.
+        falling = optax.linear_schedule(config.lr, least, after)
+        return optax.join_schedules([optax.linear_schedule(least, config.lr, warmup), falling], [warmup])
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(config.lr, total_steps - warmup),
         "linear": lambda: optax.linear_schedule(config.lr, 0.0, total_steps - warmup),
