@@ -44,9 +44,21 @@ def scales(plan: Plan, trainable_only: bool = True) -> optax.GradientTransformat
     """Multiplies each leaf's update by its multiplier: `multi_transform` over the plan's labels."""
     labels = plan.tree(lambda leaf: leaf.label, trainable_only)
     multipliers = {leaf.label: leaf.multiplier for leaf in plan.leaves if leaf.multiplier or not trainable_only}
-    return optax.multi_transform(
-        {label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels
-    )
+    return _by_label({label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels)
+
+
+def _by_label(transforms: dict[str, optax.GradientTransformation], labels) -> optax.GradientTransformation:
+    """`optax.multi_transform`, also for trees that can be called, as Equinox modules can."""
+    if not callable(labels):
+        return optax.multi_transform(transforms, labels)
+    # Optax would call it, taking it for a function from parameters to labels: it goes in as a tuple of one.
+    tx = optax.multi_transform(transforms, (labels,))
+
+    def update(updates, state, params=None, **more):
+        (updates,), state = tx.update((updates,), state, None if params is None else (params,), **more)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init((params,)), update)
 
 
 def by_age(plan: Plan, births: dict[str, int], core: Callable[[], optax.GradientTransformation]):
@@ -96,7 +108,7 @@ def freeze(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransf
     """
     groups = plan.tree(lambda leaf: "train" if leaf.multiplier else "frozen")
     return optax.chain(
-        optax.multi_transform({"train": tx, "frozen": optax.set_to_zero()}, groups),
+        _by_label({"train": tx, "frozen": optax.set_to_zero()}, groups),
         scales(plan, trainable_only=False),
     )
 

@@ -1,6 +1,7 @@
 """The plan: rules resolved against the parameters' shapes. What trains, and all that follows from it.
 
-A plan serves any pytree of parameters whose leaves have a shape and a dtype: nothing here knows flax.
+A plan serves any pytree: nothing here knows flax. Its parameters are the leaves that have a shape and a dtype; others
+(an Equinox module holds functions and numbers, too) belong to the frozen part, and no rule is needed for them.
 `python -m tljax.plan --config=…` prints the plan of an experiment, without weights and without data.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tljax.errors import UserError, listing, nearest, unknown
@@ -29,6 +31,11 @@ def paths(tree: Tree) -> tuple[str, ...]:
         jax.tree_util.keystr(keys, simple=True, separator="/")
         for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
     )
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one, and no key of random numbers."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Plan:
     stages: tuple[str, ...]
     rules: tuple[tuple[str, float], ...]
     leaves: tuple[Leaf, ...]
-    structure: Any  # treedef of the parameters
+    structure: Any  # treedef of the parameters, with None for what is none
     stats: tuple[tuple[str, int], ...]  # (path, number of values) of the normalisation statistics
     norm_stats: str = "plan"  # which statistics move: as the plan says, none ("frozen"), all ("batch")
 
@@ -90,10 +97,11 @@ class Plan:
 
         Raises UserError where the tree is not the one that the plan was made for.
         """
-        values = self._flatten(tree)
+        values, owners, structure = self._flatten(tree)
+        trains = [leaf is not None and leaf.multiplier > 0 for leaf in owners]
         return (
-            self.structure.unflatten([v if leaf.multiplier else None for leaf, v in zip(self.leaves, values)]),
-            self.structure.unflatten([None if leaf.multiplier else v for leaf, v in zip(self.leaves, values)]),
+            structure.unflatten([v if t else None for v, t in zip(values, trains)]),
+            structure.unflatten([None if t else v for v, t in zip(values, trains)]),
         )
 
     def merge(self, trainable: Tree, frozen: Tree) -> Tree:
@@ -110,15 +118,19 @@ class Plan:
             structure.unflatten([None if moving else v for v, moving in zip(values, moves)]),
         )
 
-    def _flatten(self, tree: Tree) -> list:
+    def _flatten(self, tree: Tree) -> tuple[list, list[Leaf | None], Any]:
+        """Returns (values, the leaf that each is the value of, treedef); None for what is no parameter."""
         values, structure = jax.tree.flatten(tree)
-        if structure != self.structure:
-            have, want = set(paths(tree)), {leaf.path for leaf in self.leaves}
-            raise UserError(
-                f"the tree is not the plan's: missing {listing(sorted(want - have)) or 'nothing'}; "
-                f"unexpected {listing(sorted(have - want)) or 'nothing'}"
-            )
-        return values
+        if structure == self.structure:
+            return values, list(self.leaves), structure
+        found, bare = _parameters(values, structure)
+        if bare != self.structure:
+            names = [name for name, keep in zip(paths(tree), found) if keep]
+            have, want = set(names), {leaf.path for leaf in self.leaves}
+            what = f"missing {listing(sorted(want - have)) or 'nothing'}; unexpected {listing(sorted(have - want))}"
+            raise UserError(f"the tree is not the plan's: {what if have != want else 'other containers'}")
+        leaves = iter(self.leaves)
+        return values, [next(leaves) if keep else None for keep in found], structure
 
     @functools.cached_property
     def live_stages(self) -> tuple[str, ...]:
@@ -170,7 +182,8 @@ class Plan:
 
     def frozen_digests(self, params: Tree, stats: Tree) -> dict[str, str]:
         """SHA-256 of the bytes of everything in `frozen`, by path: equal digests are equal bits."""
-        values = {f"params/{leaf.path}": value for leaf, value in zip(self.leaves, self._flatten(params))}
+        pairs = zip(*self._flatten(params)[:2])
+        values = {f"params/{leaf.path}": value for value, leaf in pairs if leaf is not None}
         values |= {f"batch_stats/{path}": value for path, value in zip(paths(stats), jax.tree.leaves(stats))}
         return {path: hashlib.sha256(np.ascontiguousarray(values[path]).tobytes()).hexdigest() for path in self.frozen}
 
@@ -227,6 +240,16 @@ def combined(digests: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(digests.items())).encode()).hexdigest()
 
 
+def _differentiable(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _parameters(values: list, structure: Any) -> tuple[list[bool], Any]:
+    """Returns (which leaves are parameters, the treedef with None for the others)."""
+    found = [is_parameter(value) for value in values]
+    return found, jax.tree.structure(structure.unflatten([0 if keep else None for keep in found]))
+
+
 def _span(values: Iterable[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
@@ -247,12 +270,18 @@ def build(
     `no_decay` matches and every leaf of fewer than two dimensions. `norm_stats`: "plan", the statistics of a norm
     move iff one of its own parameters trains; "frozen", none do; "batch", all do, as elsewhere by default.
 
-    Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains.
+    Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains, integers that would
+    train, two leaves of one path.
     """
     rules = tuple(rules)
     if norm_stats not in NORM_STATS:
         raise unknown("norm_stats", norm_stats, NORM_STATS)
-    names, shapes = paths(params), jax.tree.leaves(params)
+    values, structure = jax.tree.flatten(params)
+    found, structure = _parameters(values, structure)
+    names, shapes = ([x for x, keep in zip(of, found) if keep] for of in (paths(params), values))
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UserError(f"several leaves have the path {listing(twice)}: rules could not tell them apart")
     if stages is None:
         stages = tuple(dict.fromkeys(name.split("/")[0] for name in names))
     leaves, unmatched = [], []
@@ -270,10 +299,13 @@ def build(
         if any(matches(pattern, name) for name in names):
             raise UserError(f"rule {pattern!r} decides nothing: earlier rules match every path that it matches")
         raise UserError(f"rule {pattern!r} matches no parameter{nearest(pattern, (*stages, *names))}")
+    whole = [f"{leaf.path} ({leaf.dtype})" for leaf in leaves if leaf.multiplier and not _differentiable(leaf.dtype)]
+    if whole:
+        raise UserError(f"no gradient exists for {listing(whole)}: freeze with rules before those that decide them")
     if not any(leaf.multiplier for leaf in leaves):
         raise UserError("everything is frozen: no rule gives a multiplier above 0")
     sizes = tuple((p, math.prod(s.shape)) for p, s in zip(paths(stats), jax.tree.leaves(stats)))
-    return Plan(tuple(stages), rules, tuple(leaves), jax.tree.structure(params), sizes, norm_stats)
+    return Plan(tuple(stages), rules, tuple(leaves), structure, sizes, norm_stats)
 
 
 def main(argv: list[str]) -> int:
