@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import changed
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from tljax import delta, evaluate, models, plan, predict, train
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
+from tljax.parallel import Layout
 from tljax.step import State
 from tljax.workdir import Workdir
 
@@ -114,16 +116,6 @@ def test_a_checkpoint_holds_what_has_trained(runs):
     assert checkpoints.notes(12)["base"] == told(root / "delta")["frozen"]["digest"]
 
 
-@pytest.mark.parametrize("step", [6, 9])
-def test_a_resume_from_a_delta_is_the_run_never_stopped(runs, tmp_path, step):
-    """On a boundary and inside a phase, in which block3 is frozen again."""
-    root, argv = runs
-    argv = [*changed(argv, tmp_path, **FIELDS), "--config.checkpoint.delta=true"]
-    killed_at(step, argv)
-    assert train.main(argv) == 0
-    assert last_state(tmp_path) == last_state(root / "whole")
-
-
 def test_evaluate_and_predict_fill_a_delta_from_the_weights(runs, photos, capsys):
     root, _ = runs
     assert evaluate.main([f"--workdir={root / 'delta'}"]) == 0
@@ -148,15 +140,28 @@ def test_the_best_of_deltas_gives_the_final_figures(runs, tmp_path, capsys):
     assert f"({share:.0f} %), the rest is the base's: {figures['frozen']['digest'][:16]}" in out
 
 
-@pytest.mark.parametrize("fields", [{"parallel_mode": "pmap"}, {"parallel_fsdp": 2}], ids=["pmap", "fsdp"])
-def test_deltas_under_every_placement(runs, tmp_path, fields, monkeypatch):
+@pytest.mark.parametrize(("mode", "fsdp"), [("jit", 1), ("jit", 2), ("pmap", 1)])
+def test_what_is_filled_in_is_placed_as_the_rest(mode, fsdp, tmp_path, monkeypatch):
+    """Through a checkpoint, as a resume restores it: each leaf lies where the compiled step expects it."""
     monkeypatch.setattr("tljax.parallel.FSDP_LEAST", 64)
-    _, argv = runs
-    more = {"train_for": "6 steps", "checkpoint_every": "3 steps", "strategy": "partial(last=1)"}
-    argv = [*changed(argv, tmp_path, **more, **fields), "--config.checkpoint.delta=true"]
-    killed_at(3, argv)
-    assert train.main(argv) == 0
-    assert evaluate.main([f"--workdir={tmp_path}"]) == 0
+    layout = Layout(ConfigDict({"mode": mode, "fsdp": fsdp}), 8)
+    rng = np.random.default_rng(0)
+    params = {s: {"kernel": rng.normal(size=(16, 8)).astype(np.float32)} for s in ("body", "head")}
+    stats = {"body": {"bn": {"mean": np.ones(8, np.float32)}}}
+    made = plan.build([("head", 1), ("**", 0)], params, stats)
+    state = layout.place(State(np.int32(3), params, stats, {"mu": {"head": params["head"]}}, None))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, delta.cut(state, made.frozen), {})
+    checkpoints.wait()
+    saved = checkpoints.restore(3, layout.abstract(delta.cut(state, made.frozen)))
+    digests = made.frozen_digests(params, stats)
+    filled = delta.fill(saved, made, (params, stats), digests, layout, "a checkpoint")
+    assert jax.tree.structure(filled) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(filled), jax.tree.leaves(state)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert a.sharding == b.sharding
+    whole = filled.params["body"]["kernel"].addressable_shards[0].data.size
+    assert whole == 128 // fsdp
 
 
 def test_another_base_is_refused_with_both_digests(runs, tmp_path):
