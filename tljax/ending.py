@@ -93,6 +93,7 @@ def summary(run, steps: int) -> dict:
             "verified": True,  # run.verify has raised otherwise
             "steps": steps,
         },
+        "leaks": list(run.leaks),
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},

@@ -45,6 +45,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
         self.seconds = {"start": time.time() - STARTED}
+        self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
 
     @contextlib.contextmanager
@@ -205,8 +206,12 @@ class Run:
         batch = self.layout.abstract_batch(config.batch_size, p.size)
         program = self.layout.program(step, like)
         leaks = lint(program, self.plan, like, batch)  # before compiling, which takes over what was traced
-        for line in leaks or ("no gradient of a frozen leaf is formed",):
+        # A leak is a mistake in the step or the model, not in what the user asked for, and costs time and memory alone
+        # (the frozen values are verified all the same): it is told, here and in the summary, and stops nothing.
+        for line in leaks or (() if self.looked else ("no gradient of a frozen leaf is formed",)):
             self.console.print(f"lint: {line}")
+        self.looked = True
+        self.leaks |= dict.fromkeys(map(str, leaks))
         self.train_step = program.lower(like, batch).compile()
 
     # ---- the loop
