@@ -9,7 +9,7 @@ from conftest import changed
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from tljax import delta, evaluate, models, plan, predict, train
+from tljax import command, delta, evaluate, experiment, models, plan, predict, train
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.parallel import Layout
@@ -105,15 +105,15 @@ def test_a_checkpoint_holds_what_has_trained(runs):
     figures = told(root / "delta")["checkpoint"]
     assert figures["delta"] is True
     assert figures["whole_bytes"] - figures["bytes"] == absent
-    assert told(root / "whole")["checkpoint"] == {"delta": False} | dict.fromkeys(
-        ("bytes", "whole_bytes"), figures["whole_bytes"]
-    )
+    whole = told(root / "whole")["checkpoint"]
+    assert whole["delta"] is False
+    assert whole["bytes"] == whole["whole_bytes"] == figures["whole_bytes"]
     checkpoints = Checkpoints(root / "delta" / "checkpoints", create=False)
     saved = checkpoints.manager.item_metadata(12)["state"]
     saved = plan.paths(getattr(saved, "tree", saved))
     stages = {p.split("/")[1] for p in saved if p.startswith(("params/", "stats/"))}
     assert stages == {"stem", "block3", "head"}
-    assert checkpoints.notes(12)["base"] == told(root / "delta")["frozen"]["digest"]
+    assert checkpoints.notes(12)["base"] == figures["base"] == told(root / "delta")["frozen"]["digest"]
 
 
 def test_evaluate_and_predict_fill_a_delta_from_the_weights(runs, photos, capsys):
@@ -200,6 +200,28 @@ def test_the_bytes_on_disk_fall_by_the_bytes_left_out(tmp_path):
         disk[name] = sum(f.stat().st_size for f in (tmp_path / name).rglob("*") if f.is_file())
         assert 0.85 * delta.nbytes(saved) < disk[name] < 1.1 * delta.nbytes(saved)
     assert delta.nbytes(state) - delta.nbytes(saved) == 6 * 2**20
+
+
+def test_what_the_seed_made_is_held_though_it_never_trains(runs):
+    """A reset stage that stays frozen: not in the file, so that another machine could not make the same bits."""
+    _, argv = runs
+    for reset, held in (("('head',)", ()), ("('head','stem/bn1')", ("stem/bn1",)), ("('**',)", ("stem", "block1"))):
+        given = [
+            *argv,
+            f"--config.reset={reset}",
+            "--config.checkpoint.delta=true",
+            "--config.strategy=partial(last=2)",
+        ]
+        exp = experiment.build(command.from_command_line(given, "").config, 3)
+        absent = exp.left_out(exp.in_time(24))
+        frozen = {p for p in exp.plans[0][1].frozen if not any(f"/{name}/" in p for name in held)}
+        assert set(absent) == frozen
+
+
+def test_random_weights_are_no_base(tiny):
+    config = command.from_command_line([*tiny, "--config.checkpoint.delta=true"], "").config
+    with pytest.raises(UserError, match=r"config.checkpoint.delta = True needs config.weights"):
+        experiment.build(config, 3)
 
 
 def test_nothing_but_parameters_and_statistics_is_cut():

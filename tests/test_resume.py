@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import command, script
+from test_delta import weights_file
 
 from tljax import evaluate, plan, train
 from tljax.checkpoint import Checkpoints
@@ -120,7 +121,7 @@ AROUND = [(moment, boundary + apart) for boundary in BOUNDARIES for moment, apar
 )
 def test_a_run_killed_around_the_boundaries_of_its_phases_ends_as_one_never_stopped(tiny, tmp_path, kills, more):
     """Each kill strikes the process that goes on from the one before; with deltas too it ends as the whole run."""
-    argv = [*tiny, *IN_PHASES]
+    argv = [*tiny, *IN_PHASES, f"--config.weights={weights_file(tmp_path / 'tiny.safetensors')}"]
     whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
     killed = tmp_path / "killed"
     argv += [*more, f"--workdir={killed}"]

@@ -1,7 +1,7 @@
 """Delta checkpoints: of a state only what the base does not hold.
 
-The base is the model as the run began: the weights as loaded, what was reset as the seed makes it. What has trained in
-no phase is still, bit for bit, the base's: the run proves it at every save, so a checkpoint may leave it out.
+The base are the weights as their file has them. What has trained in no phase is still, bit for bit, the base's: the run
+proves it at every save, so a checkpoint may leave it out.
 """
 
 import math

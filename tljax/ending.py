@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from tljax import STARTED, data, experiment, parallel
+from tljax import plan as plans
 from tljax.data.transforms import resize_and_centre_crop
 from tljax.report import metrics, pictures
 from tljax.report.page import html
@@ -89,7 +90,7 @@ def summary(run, steps: int) -> dict:
         "plan": plan.totals() | {"optimizer_bytes": run.optimizer_bytes, "digest": plan.digest},
         "frozen": {
             "values": sum(run.never_trained.values()),
-            "digest": run.base_digest(),
+            "digest": plans.combined({path: run.notes["frozen"][path] for path in run.never_trained}),
             "verified": True,  # run.verify has raised otherwise
             "steps": steps,
         },
@@ -99,7 +100,7 @@ def summary(run, steps: int) -> dict:
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
-        "checkpoint": {"delta": config.checkpoint.delta} | run.checkpoint_bytes,
+        "checkpoint": {"delta": config.checkpoint.delta, "base": run.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),
         "versions": experiment.versions(),

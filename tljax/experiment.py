@@ -16,6 +16,7 @@ from tljax.data.catalogue import CATALOGUE
 from tljax.data.pipeline import Augment
 from tljax.errors import UserError
 from tljax.parallel import Layout
+from tljax.patterns import matches
 from tljax.step import State, init_state
 
 DEFAULT_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, where no card says otherwise
@@ -68,17 +69,30 @@ class Experiment:
         phase = found[phases.index(found, step)]
         return phase.plan, self.state_shapes(phase.plan, self.optimizer(phase, examples)[0])
 
+    def left_out(self, past: tuple[phases.Phase, ...]) -> dict[str, int]:
+        """{path: number of values} of what a checkpoint of the last of these phases leaves out.
+
+        With `config.checkpoint.delta` what has trained in none of them and is as the file of the weights has it. What
+        was drawn from the seed or resized is held: another machine may not make the same bits of it.
+        """
+        if not self.config.checkpoint.delta:
+            return {}
+        made = (*self.config.reset, *self.config.resize)
+        is_made = lambda path: any(matches(pattern, path.partition("/")[2]) for pattern in made)
+        return {path: size for path, size in phases.never_trained(past).items() if not is_made(path)}
+
     def restore(self, checkpoints, step: int, layout: Layout, examples: int) -> tuple[plans.Plan, State]:
         """Returns (plan, placed state) of one of `checkpoints`, a `tljax.checkpoint.Checkpoints`.
 
-        XX
+        A delta checkpoint is filled from the weights, which are loaded anew. Raises UserError where the checkpoint is
+        of another model, plan or base.
         """
         plan, like = self.saved_at(step, examples)
-        if not self.config.checkpoint.delta:
-            return plan, checkpoints.restore(step, layout.abstract(like))
         found = self.in_time(examples)
-        absent = phases.never_trained(found[: phases.index(found, step) + 1])
+        absent = self.left_out(found[: phases.index(found, step) + 1])
         state = checkpoints.restore(step, layout.abstract(delta.cut(like, absent)))
+        if not absent:
+            return plan, state
         began = checkpoints.notes(step)["frozen"]
         name = f"checkpoint {step} of {checkpoints.folder}"
         digests = {path: began[path] for path in absent}
@@ -109,6 +123,8 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     check(config)
     Augment.of(config.augment)
     card = weights.card(config.weights, config.model) if config.weights else None
+    if config.checkpoint.delta and card is None:
+        raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
     rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
     model = models.create(
         config.model,

@@ -161,22 +161,19 @@ class Run:
             live = experiment.live_spans(self.plan)
             self.console.print(f"phase {i + 1} of {len(self.phases)}, steps {steps}: {live}")
         like = self.exp.state_shapes(self.plan, tx)
-        self.checkpoint_bytes = {"bytes": delta.nbytes(self.kept(like)), "whole_bytes": delta.nbytes(like)}
+        self.left_out = self.exp.left_out(self.phases[: i + 1])
+        held, whole = (delta.nbytes(tree) for tree in (delta.cut(like, self.left_out), like))
+        self.checkpoint_bytes = {"bytes": held, "whole_bytes": whole}
         if self.config.checkpoint.delta:
-            held, whole = self.checkpoint_bytes.values()
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
         with self.clock("compile"):
             self.compile(tx, self.layout.abstract(like))
         return state
 
-    def kept(self, state: State) -> State:
-        """What of a state, or of its shapes, a checkpoint holds."""
-        return delta.cut(state, self.never_trained) if self.config.checkpoint.delta else state
-
     def base_digest(self) -> str:
-        """One digest over all that has never trained, as it was at the start."""
-        return combined({path: self.notes["frozen"][path] for path in self.never_trained})
+        """One digest over all that checkpoints leave out, as it was at the start."""
+        return combined({path: self.notes["frozen"][path] for path in self.left_out})
 
     def verify(self, state: State, plan: Plan) -> None:
         """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
@@ -193,7 +190,8 @@ class Run:
             self.notes["step"] = int(state.step)
             self.notes["base"] = self.base_digest()
             best = self.notes["best"]
-            self.checkpoints.save(int(state.step), self.kept(state), self.notes, best["step"] if best else None)
+            held = delta.cut(state, self.left_out)
+            self.checkpoints.save(int(state.step), held, self.notes, best["step"] if best else None)
 
     def compile(self, tx, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
