@@ -39,3 +39,17 @@ def test_what_bitfit_leaves_on_the_table_is_told():
         "a bias trains in 'stem': the backward pass runs through all 17 stages 'block1' … 'top', of which no kernel "
         "trains: 45 % of the step"
     )
+
+
+def test_each_phase_of_gradual_unfreezing_has_a_triangle_of_its_own():
+    (file,) = (file for file in CONFIGS if file.stem == "gradual")
+    exp = experiment.build(command.from_command_line([f"--config={file}"], "").config, 14)
+    found = exp.in_time(675)
+    peak = exp.config.optim.lr
+    for phase in (found[0], found[1], found[-1]):
+        _, schedule = exp.optimizer(phase, 675)
+        length = phase.stop - phase.start
+        rates = [float(schedule(step)) for step in range(phase.start, phase.stop + 1)]
+        assert rates[0] == pytest.approx(peak / 32, rel=1e-5)
+        assert rates[-1] == pytest.approx(peak / 32, rel=1e-5)
+        assert rates[round(length / 10)] == pytest.approx(max(rates)) == pytest.approx(peak)
