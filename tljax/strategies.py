@@ -84,13 +84,13 @@ def layerwise_decay(rate: float, floor: float | dict[str, float] = 0.0) -> Strat
     of_stages = {pattern: float(value) for pattern, value in floors.items() if "/" not in pattern}
 
     def write(stages):
+        decayed = {s: rate ** (len(stages) - 1 - i) for i, s in enumerate(_counted(stages))}
         for pattern in of_stages:
-            if not any(matches(pattern, stage) for stage in _counted(stages)):
+            if not any(matches(pattern, stage) for stage in stages):
                 raise UserError(
                     f"strategy layerwise_decay: floor {pattern!r} matches no stage{nearest(pattern, stages)}"
                 )
         least = lambda stage: next((value for pattern, value in of_stages.items() if matches(pattern, stage)), 0.0)
-        decayed = {s: rate ** (len(stages) - 1 - i) for i, s in enumerate(stages)}
         by_stage = {s: max(m, least(s)) for s, m in decayed.items()}
         rules, pairs = [], list(of_parameters.items())
         reaches = lambda pattern, stage: pattern.startswith(("**", "!", "re:")) or matches(pattern.split("/")[0], stage)
