@@ -72,7 +72,12 @@ os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
 
 def command(module: str, *argv: str, devices: int = 1, **environment: str) -> subprocess.Popen:
     """Starts `python -m module argv…` as a process of its own with so many CPU devices."""
+    return script(START, module, *argv, devices=devices, **environment)
+
+
+def script(text: str, *argv: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `python -c text argv…` as a process of its own with so many CPU devices."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
     return subprocess.Popen(
-        [sys.executable, "-c", START, module, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", text, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -81,6 +81,8 @@ def test_broken_config_files_get_one_line(tmp_path, text):
         ("batch_size", 0, "config.batch_size = 0: expected at least 1"),
         ("train_for", "20", "config.train_for = '20': expected 'n steps' or 'n epochs'"),
         ("eval_every", "1.2.3 epochs", "config.eval_every = '1.2.3 epochs'"),
+        ("train_for", "10 %", "config.train_for = '10 %': expected 'n steps' or 'n epochs'"),
+        ("optim.warmup", "10 pct", "config.optim.warmup = '10 pct': expected 'n steps', 'n epochs' or 'n %'"),
         ("parallel.mode", "pjit", "expected one of jit, pmap"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tljax import command, experiment, plan
+from tljax import command, cost, experiment, plan
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -27,3 +27,29 @@ def test_the_plan_of_phases_is_told(capsys):
     assert "phase 1, 0.5 epochs: 17,934 train, in head" in out
     assert "phase 3, 0.5 epochs: 1,035,534 train, in block16 … head" in out
     assert "phase 19, rest: 3,388,942 train, in stem … head" in out
+
+
+def test_what_bitfit_leaves_on_the_table_is_told():
+    (file,) = (file for file in CONFIGS if file.stem == "bitfit")
+    exp = experiment.build(command.from_command_line([f"--config={file}"], "").config, 14)
+    plan = exp.plans[0][1]
+    forward = dict.fromkeys(plan.stages, 3.0)
+    # 19 stages forward, the gradient of the activations back through 18, and of the head's kernel: 17 of 38 passes.
+    assert cost.remark(plan, forward) == (
+        "a bias trains in 'stem': the backward pass runs through all 17 stages 'block1' … 'top', of which no kernel "
+        "trains: 45 % of the step"
+    )
+
+
+def test_each_phase_of_gradual_unfreezing_has_a_triangle_of_its_own():
+    (file,) = (file for file in CONFIGS if file.stem == "gradual")
+    exp = experiment.build(command.from_command_line([f"--config={file}"], "").config, 14)
+    found = exp.in_time(675)
+    peak = exp.config.optim.lr
+    for phase in (found[0], found[1], found[-1]):
+        _, schedule = exp.optimizer(phase, 675)
+        length = phase.stop - phase.start
+        rates = [float(schedule(step)) for step in range(phase.start, phase.stop + 1)]
+        assert rates[0] == pytest.approx(peak / 32, rel=1e-5)
+        assert rates[-1] == pytest.approx(peak / 32, rel=1e-5)
+        assert rates[round(length / 10)] == pytest.approx(max(rates)) == pytest.approx(peak)

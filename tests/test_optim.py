@@ -125,6 +125,41 @@ def test_schedules(schedule, expected):
     assert float(optim.learning_rate(settings_of(lr=1.0, warmup="0 steps"), 8, 2.0)(0)) == 1.0
 
 
+@pytest.mark.parametrize(("total", "cut_frac"), [(50, 0.1), (200, 0.25), (10, 0.5)])
+def test_the_slanted_triangle_is_the_papers(total, cut_frac):
+    """Howard & Ruder (2018), equation 3, where cut_frac gives a whole number of steps."""
+    cut, ratio, highest = int(total * cut_frac), 32, 0.01
+    config = settings_of(lr=highest, schedule="slanted_triangular", warmup=f"{100 * cut_frac:g} %")
+    lr = optim.learning_rate(config, total, 7.0)
+    for t in range(total):
+        p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
+        assert float(lr(t)) == pytest.approx(highest * (1 + p * (ratio - 1)) / ratio, rel=1e-5)
+    assert float(lr(0)) == pytest.approx(highest / ratio)
+    assert max(float(lr(t)) for t in range(total)) == pytest.approx(highest) == float(lr(cut))
+
+
+@pytest.mark.parametrize("total", [1, 7, 23, 109])
+def test_the_slanted_triangle_stays_above_its_least(total):
+    """Where the cut is rounded the paper's own formula falls below 0 in the end: 109 steps, cut 10, at step 104."""
+    lr = optim.learning_rate(settings_of(lr=1.0, schedule="slanted_triangular", warmup="10 %"), total, 7.0)
+    rates = [float(lr(t)) for t in range(total + 1)]
+    assert min(rates[:-1]) >= rates[-1] - 1e-6
+    assert rates[-1] == pytest.approx(1 / 32)
+    assert np.argmax(rates) == round(total / 10)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [("25 %", 5), ("0 %", 0), ("12.5%", 2), ("3 steps", 3)])
+def test_a_warm_up_may_be_a_share(warmup, steps):
+    lr = optim.learning_rate(settings_of(lr=1.0, schedule="constant", warmup=warmup), 20, 3.0)
+    assert [float(lr(t)) for t in range(20)] == pytest.approx([min((t + 1) / max(steps, 1), 1) for t in range(20)])
+
+
+@pytest.mark.parametrize("warmup", ["100 %", "130 %"])
+def test_a_share_that_leaves_nothing_is_refused(warmup):
+    with pytest.raises(UserError, match="the run has 8"):
+        optim.learning_rate(settings_of(warmup=warmup), 8, 4.0)
+
+
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="is 8 steps, the run has 8"):
         optim.learning_rate(settings_of(warmup="2 epochs"), 8, 4.0)

@@ -26,7 +26,7 @@ STAGES = ("stem", "block1", "block10", "head")
 
 keys = st.sampled_from(["a", "b", "kernel", "bias", "scale"])
 arrays = st.lists(st.integers(1, 3), max_size=3).map(
-    lambda shape: np.arange(np.prod(shape, initial=1.0)).reshape(shape)
+    lambda shape: np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 )
 trees = st.dictionaries(
     keys,

@@ -9,7 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import command
+from conftest import command, script
+from test_delta import weights_file
 
 from tljax import evaluate, plan, train
 from tljax.checkpoint import Checkpoints
@@ -31,8 +32,7 @@ def end(path):
     """What a run ended with: every leaf of the last state as bytes, the rows, the final figures."""
     exp, layout, *_ = evaluate.restore(Workdir(path), "last")
     checkpoints = Checkpoints(path / "checkpoints")
-    _, like = exp.saved_at(checkpoints.latest(), 24)
-    state = checkpoints.restore(checkpoints.latest(), layout.abstract(like))
+    _, state = exp.restore(checkpoints, checkpoints.latest(), layout, 24)
     leaves = {p: np.asarray(x).tobytes() for p, x in zip(plan.paths(state), jax.tree.leaves(state))}
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in Workdir(path).rows()]
     summary = json.loads((path / "summary.json").read_text())
@@ -68,6 +68,76 @@ def test_a_run_killed_ten_times_ends_as_one_never_stopped(tiny, tmp_path):
     assert figures == expected[2]
     assert steps == expected[3]
     assert leaves == expected[0]
+
+
+# The training script, in a process that kills itself: before a checkpoint is begun, with it half written, with it
+# whole, or between the last step of a phase and the first of the next.
+KILLED = """
+import os, signal, sys
+from tljax import phases, train
+moment, step, *argv = sys.argv[1:]
+save, change = train.Checkpoints.save, phases.change
+
+def killing_save(self, at, *args):
+    reached = at == int(step) and moment != "between"
+    if reached and moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, at, *args)
+    if reached:
+        if moment == "after":
+            self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def killing_change(state, *args):
+    if moment == "between" and int(state.step) == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return change(state, *args)
+
+train.Checkpoints.save, phases.change = killing_save, killing_change
+sys.exit(train.main(argv))
+"""
+BOUNDARIES = (3, 6)
+IN_PHASES = (
+    "--config.phases=phases(('3 steps', frozen()), ('3 steps', partial(last=1)), ('rest', surgical('block1')))",
+    "--config.train_for=9 steps", "--config.checkpoint_every=1 steps", "--config.eval_every=4 steps",
+    "--config.log_every=2 steps", "--config.augment.mixup=0.2", "--config.ema=0.9", "--config.drop_rate=0.3",
+    "--config.optim.restart=true", "--config.optim.warmup=40 %",
+)  # fmt: skip
+MOMENTS = (
+    ("after", -1), ("before", 0), ("during", 0), ("after", 0), ("between", 0), ("before", 1), ("during", 1),
+    ("after", 1),
+)  # fmt: skip
+AROUND = [(moment, boundary + apart) for boundary in BOUNDARIES for moment, apart in MOMENTS]
+
+
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [
+        ([("during", 3), ("between", 6)], ["--config.checkpoint.delta=true"]),
+        pytest.param(AROUND, [], marks=pytest.mark.slow),
+        pytest.param(AROUND, ["--config.checkpoint.delta=true"], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "all, with deltas"],
+)
+def test_a_run_killed_around_the_boundaries_of_its_phases_ends_as_one_never_stopped(tiny, tmp_path, kills, more):
+    """Each kill strikes the process that goes on from the one before; with deltas too it ends as the whole run."""
+    argv = [*tiny, *IN_PHASES, f"--config.weights={weights_file(tmp_path / 'tiny.safetensors')}"]
+    whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    argv += [*more, f"--workdir={killed}"]
+    for moment, step in kills:
+        process = script(KILLED, moment, str(step), *argv)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, err
+        left = {int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdigit()}
+        assert max(left, default=0) in {"before": {step - 1}, "during": {step - 1, step}}.get(moment, {step})
+    process = command("tljax.train", *argv)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "resumed from step" in out
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert end(killed) == end(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tljax import models, strategies
 from tljax import plan as plans
 from tljax.errors import UserError
 from tljax.models import layers
+from tljax.patterns import under
 
 STAGES = ("stem", "block1", "block2", "block3", "top", "head")
 PARAMS = {stage: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for stage in STAGES}
@@ -43,6 +44,9 @@ def multipliers(text: str) -> dict[str, float]:
         ("layerwise_decay(1)", [1, 1, 1, 1, 1, 1]),
         ("layerwise_decay(0.5, floor=0.2)", [0.2, 0.2, 0.2, 1 / 4, 1 / 2, 1]),
         ("layerwise_decay(0.5, {'stem': 0.1, 'block*': 0.25})", [0.1, 1 / 4, 1 / 4, 1 / 4, 1 / 2, 1]),
+        ("layerwise_decay(0.5, {'**/bias': 0.9})", [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]),
+        ("layerwise_decay(0.5, {'**/kernel': 0.2, 'stem': 0.1})", [0.2, 0.2, 0.2, 1 / 4, 1 / 2, 1]),
+        ("layerwise_decay(0.5, {'block1/kernel': 0, 'block*': 0.3})", [1 / 32, 1 / 16, 0.3, 0.3, 1 / 2, 1]),
         ("head_and('block2', 'stem/bias', body=0.5)", [0, 0, 0.5, 0, 0, 1]),
         ("biases_only()", [0, 0, 0, 0, 0, 1]),
         ("scaled(partial(last=2, body=0.1), 0.5)", [0, 0, 0, 0.05, 0.05, 0.5]),
@@ -73,6 +77,8 @@ def test_multipliers_by_stage(text, expected):
         ("layerwise_decay('a')", "layerwise_decay"),
         ("layerwise_decay(0.5, floor=2)", "expected 0 <= floor <= 1"),
         ("layerwise_decay(0.5, {'blok1': 0.1})", "floor 'blok1' matches no stage; nearest: block1"),
+        ("layerwise_decay(0.5, {'**/bias': 0.01})", "floor 0.01 of '**/bias' changes nothing"),
+        ("layerwise_decay(0.5, {'**/bais': 0.2})", "rule '{stem,block1,block2} & **/bais' matches no parameter"),
         ("head_and()", "expected at least one pattern"),
         ("head_and('**/se')", "rule '**/se' matches no parameter"),
         ("biases_only(body=0)", "expected a multiplier above 0"),
@@ -284,3 +290,37 @@ def test_layerwise_decay_never_falls_below_its_floor(rate, floor):
     assert found[-1] == 1
     assert all(m == floor or math.isclose(m, rate**depth) for depth, m in enumerate(reversed(found)))
     assert min(found) >= floor
+
+
+@LAWS
+@given(
+    st.floats(0.1, 1),
+    st.dictionaries(
+        st.sampled_from(["**/bias", "block1/**", "re:block[12]/.*", "**/{kernel,scale}"]), eighths, max_size=2
+    ),
+    st.dictionaries(st.sampled_from(["stem", "block?", "**"]), eighths, max_size=2),
+)
+def test_floors_by_parameter_and_by_stage(rate, of_parameters, of_stages):
+    """Each leaf has the larger of rate**depth and its floor: that of its name, else that of its stage, else 0."""
+    floors = {p: min(v, 1.0) for p, v in (of_parameters | of_stages).items()}
+    try:
+        found = decisions(strategies.layerwise_decay(rate, floors))
+    except UserError:  # a floor under which nothing falls
+        return
+    stages = tuple(NAMES)
+    for path, multiplier in found.items():
+        stage = path.split("/")[0]
+        by_name = [floors[p] for p in of_parameters if plans.matches(p, path)]
+        by_stage = [floors[p] for p in of_stages if plans.matches(p, stage)]
+        floor = (by_name + by_stage + [0.0])[0]
+        assert multiplier == max(rate ** (len(stages) - 1 - stages.index(stage)), floor), path
+
+
+@LAWS
+@given(patterns, patterns, patterns, st.sampled_from(PATHS))
+def test_and_is_the_intersection(a, b, c, path):
+    expected = plans.matches(a, path) and plans.matches(b, path)
+    assert plans.matches(f"{a} & {b}", path) is expected
+    assert plans.matches(f"{a} & {b} & {c}", path) is (expected and plans.matches(c, path))
+    assert plans.matches(under("t", f"{a} & {b}"), f"t/{path}") is expected
+    assert not plans.matches(under("t", f"{a} & {b}"), path)

@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import changed, command
 
@@ -210,11 +211,13 @@ def test_a_signal_saves_and_ends_the_run(tiny, tmp_path, number):
     assert "\x1b" not in out  # plain lines where the output is no terminal
 
 
-def test_phases_train_what_each_says_and_the_rest_stays(tiny, tmp_path):
+def test_phases_train_what_each_says_and_the_rest_stays(tiny, tmp_path, capsys):
     """The stages outside all phases are bit-identical at the end; each phase compiles once."""
     fields = {"phases": "phases(('9 steps', frozen()), ('rest', partial(last=1)))", "ema": 0.5, "optim_restart": "true"}
     assert train.main(changed(tiny, tmp_path, **fields)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert capsys.readouterr().out.count("lint: ") == 1  # both steps are clean: told once
+    assert summary["leaks"] == []
     exp, _, params, _, _ = evaluate.restore(Workdir(tmp_path))
     (_, probe), (_, last) = exp.plans
     assert summary["frozen"]["values"] == sum(size for path, size in last.frozen.items() if path in probe.frozen)
@@ -260,3 +263,33 @@ def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny
             [{k: v for k, v in r.items() if k != "images_per_second"} for r in Workdir(p).rows()] for p in (whole, path)
         ]
         assert rows[0] == rows[1]
+
+
+def test_a_leak_in_the_step_is_told_and_stops_nothing(tiny, tmp_path, capsys, monkeypatch):
+    """The step with a norm over the gradients of all leaves: the run says so, and its summary."""
+    make = train.make_train_step
+
+    def leaking(model, plan, tx, **more):
+        step = make(model, plan, tx, **more)
+
+        def whole(state, batch):
+            loss = lambda params: model.apply(
+                {"params": params, "batch_stats": state.stats}, batch["image"] / 255
+            ).sum()
+            new, metrics = step(state, batch)
+            return new, metrics | {"norm": optax.tree.norm(jax.grad(loss)(state.params))}
+
+        return whole
+
+    monkeypatch.setattr(train, "make_train_step", leaking)
+    fields = {
+        "phases": "lp_ft(head='2 steps', then=partial(last=1))",
+        "train_for": "4 steps",
+        "optim_warmup": "1 steps",
+    }
+    assert train.main(changed(tiny, tmp_path, **fields)) == 0
+    out = capsys.readouterr().out
+    leaks = json.loads((tmp_path / "summary.json").read_text())["leaks"]
+    assert any("gradient of frozen stem/conv1/kernel" in leak for leak in leaks)
+    assert all(f"lint: {leak}" in out for leak in leaks)
+    assert "no gradient of a frozen leaf is formed" not in out

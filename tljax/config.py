@@ -30,6 +30,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
     config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
+    config.norm_stats = "plan"  # whose statistics move: norms that train ("plan"), none ("frozen"), all ("batch")
     config.train_for = "15 epochs"  # durations are "n steps" or "n epochs"
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
@@ -73,8 +74,8 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw, sgd or lamb
     config.optim.lr = 1e-2  # peak
-    config.optim.schedule = "cosine"  # cosine, linear or constant, after the warm-up
-    config.optim.warmup = "1.5 epochs"
+    config.optim.schedule = "cosine"  # after the warm-up: cosine, linear or constant; slanted_triangular: the whole
+    config.optim.warmup = "1.5 epochs"  # or a share, as "10 %", of the run (with restart: of the phase)
     config.optim.restart = False  # whether the schedule begins anew with each phase
     config.optim.weight_decay = 0.1
     config.optim.no_decay = ("**/bias", "**/scale", "**/position*")
@@ -90,6 +91,9 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.metric = "val/nll"  # by which a checkpoint is the best: val/nll, val/accuracy or val/macro_f1
     config.select = "last"  # the checkpoint of the final figures: "last" or "best" (a small val chooses badly)
     config.early_stop = 0  # end after this many evaluations without a better one; 0: never
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.delta = False  # leave out what has never trained: restoring takes it from the weights again
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
@@ -117,14 +121,19 @@ def arguments(text: str, **defaults):
     return values
 
 
-def duration(text: str, steps_per_epoch: float, field: str) -> int:
-    """Returns the number of steps in `"500 steps"` or `"1.5 epochs"`, rounded to the nearest."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(step|epoch)s?\s*", text)
+def duration(text: str, steps_per_epoch: float, field: str, whole: int | None = None) -> int:
+    """Returns the number of steps in `"500 steps"`, `"1.5 epochs"` or `"10 %"` of `whole`, rounded to the nearest.
+
+    Raises UserError for other texts, and for shares where there is no whole.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps?|epochs?|%)\s*", text)
+    units = {"step": 1, "epoch": steps_per_epoch} | ({} if whole is None else {"%": whole / 100})
     try:
-        number = float(match[1])
-    except (TypeError, ValueError):
-        raise UserError(f"config.{field} = {text!r}: expected 'n steps' or 'n epochs'") from None
-    steps = number * (steps_per_epoch if match[2] == "epoch" else 1)
+        number, unit = float(match[1]), units[match[2].rstrip("s")]
+    except (TypeError, ValueError, KeyError):
+        either = "'n steps' or 'n epochs'" if whole is None else "'n steps', 'n epochs' or 'n %'"
+        raise UserError(f"config.{field} = {text!r}: expected {either}") from None
+    steps = number * unit
     if not steps < 2**31:
         raise UserError(f"config.{field} = {text!r}: expected fewer than {2**31} steps")
     return round(steps)
@@ -136,7 +145,8 @@ CHOICES = {
     "source.split": ("", "train", "val", "test"),
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.schedule": ("cosine", "linear", "constant", "slanted_triangular"),
+    "norm_stats": ("plan", "frozen", "batch"),
     "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
@@ -174,8 +184,9 @@ def check(config: ConfigDict) -> None:
         for field, bound in bounds.items():
             if not fits(fields[field], bound):
                 raise UserError(f"config.{field} = {fields[field]!r}: expected {words} {bound}")
-    for field in ("train_for", "optim.warmup", "log_every", "eval_every", "checkpoint_every"):
+    for field in ("train_for", "log_every", "eval_every", "checkpoint_every"):
         duration(fields[field], 1.0, field)
+    duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:

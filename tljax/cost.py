@@ -80,7 +80,7 @@ def theory(plan: Plan, forward: dict[str, float]) -> float:
     gradient of the weights costs one more, in proportion to the share of the stage's kernels that trains. (A first
     live stage whose first layer alone trains costs a pass back less: nothing needs the gradient of its input.)
     """
-    behind = plan.stages[len(plan.prefix) :]
+    behind = plan.stages[plan.stages.index(plan.live_stages[0]) :]
     activations = sum(forward[stage] for stage in behind if stage != plan.stages[0])
     return sum(forward.values()) + activations + sum(forward[s] * kernel_share(plan, s) for s in behind)
 
@@ -97,7 +97,7 @@ def remark(plan: Plan, forward: dict[str, float]) -> str | None:
     "a bias trains in 'stem': the backward pass runs through all 16 stages from 'block1' to 'block16', of which no
     kernel trains: 31 % of the step". None where no such stage lies behind the first live one.
     """
-    first = len(plan.prefix)
+    first = plan.stages.index(plan.live_stages[0])
     # Up to the first stage behind it whose kernels train: from there the backward pass is needed anyway.
     until = next((i for i in range(first + 1, len(plan.stages)) if kernel_share(plan, plan.stages[i])), first + 1)
     crossed = plan.stages[first + 1 : until]

@@ -23,8 +23,7 @@ def conclude(run, state: State) -> None:
     chosen = best["step"] if best and run.config.select == "best" else steps
     if chosen != steps:
         del state  # its memory is wanted
-        plan, like = run.exp.saved_at(chosen, len(run.dataset.train))
-        state = run.checkpoints.restore(chosen, run.layout.abstract(like))
+        plan, state = run.exp.restore(run.checkpoints, chosen, run.layout, len(run.dataset.train))
     run.checkpoints.close()
     params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
@@ -105,11 +104,13 @@ def summary(run, steps: int) -> dict:
             "verified": True,  # run.verify has raised otherwise
             "steps": steps,
         },
+        "leaks": list(run.leaks),
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
+        "checkpoint": {"delta": config.checkpoint.delta, "base": run.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),
         "versions": experiment.versions(),

@@ -57,8 +57,7 @@ def restore(workdir: Workdir, which: str = ""):
     notes = checkpoints.notes(step)
     layout = parallel.Layout.for_evaluation(config.batch_size)
     exp = experiment.build(config, len(notes["classes"]), layout)
-    plan, like = exp.saved_at(step, notes["examples"])
-    state = checkpoints.restore(step, layout.abstract(like))
+    plan, state = exp.restore(checkpoints, step, layout, notes["examples"])
     checkpoints.close()
     return exp, layout, *evaluated(state, plan), notes
 

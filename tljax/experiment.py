@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import adapters, models, optim, phases, regularisers, strategies, weights
+from tljax import adapters, delta, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
 from tljax.config import check, duration
@@ -17,6 +17,7 @@ from tljax.data.catalogue import CATALOGUE
 from tljax.data.pipeline import Augment
 from tljax.errors import UserError
 from tljax.parallel import Layout
+from tljax.patterns import matches
 from tljax.step import State, init_state
 
 DEFAULT_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, where no card says otherwise
@@ -91,6 +92,36 @@ class Experiment:
         phase = found[phases.index(found, step)]
         return phase.plan, self.state_shapes(phase.plan, self.optimizer(phase, examples)[0])
 
+    def left_out(self, past: tuple[phases.Phase, ...]) -> dict[str, int]:
+        """{path: number of values} of what a checkpoint of the last of these phases leaves out.
+
+        With `config.checkpoint.delta` what has trained in none of them and is as the file of the weights has it. What
+        was drawn from the seed or resized is held: another machine may not make the same bits of it.
+        """
+        if not self.config.checkpoint.delta:
+            return {}
+        made = (*self.config.reset, *self.config.resize)
+        new = getattr(self.model, "adapters", ())
+        is_made = lambda p: files.belongs(new, p) or any(matches(pattern, p.partition("/")[2]) for pattern in made)
+        return {path: size for path, size in phases.never_trained(past).items() if not is_made(path)}
+
+    def restore(self, checkpoints, step: int, layout: Layout, examples: int) -> tuple[plans.Plan, State]:
+        """Returns (plan, placed state) of one of `checkpoints`, a `tljax.checkpoint.Checkpoints`.
+
+        A delta checkpoint is filled from the weights, which are loaded anew. Raises UserError where the checkpoint is
+        of another model, plan or base.
+        """
+        plan, like = self.saved_at(step, examples)
+        found = self.in_time(examples)
+        absent = self.left_out(found[: phases.index(found, step) + 1])
+        state = checkpoints.restore(step, layout.abstract(delta.cut(like, absent)))
+        if not absent:
+            return plan, state
+        began = checkpoints.notes(step)["frozen"]
+        name = f"checkpoint {step} of {checkpoints.folder}"
+        digests = {path: began[path] for path in absent}
+        return plan, delta.fill(state, plan, self.load()[:2], digests, layout, name)
+
     def load(self) -> tuple[dict, dict, weights.Report | None]:
         """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
         config, report, values = self.config, None, {}
@@ -120,6 +151,8 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     check(config)
     Augment.of(config.augment)
     card = weights.card(config.weights, config.model) if config.weights else None
+    if config.checkpoint.delta and card is None:
+        raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
     model = _model(config, num_classes, layout.axis_name if layout else None)
     if card is None:
         mean, std = DEFAULT_MEAN_STD
@@ -142,7 +175,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         config.resize,
     )  # fmt: skip
     resolve = lambda rules: plans.build(
-        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay
+        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
     experiment = Experiment(config, model, card, preprocessing, shapes, timed)
@@ -170,6 +203,7 @@ def plan_table(experiment: Experiment):
         "optimizer_bytes": total,
         "frozen prefix": f"{plan.prefix[0]} … {plan.prefix[-1]}" if plan.prefix else "none",
         "strategy": config.phases or config.strategy,
+        "norm_stats": None if config.norm_stats == "plan" else config.norm_stats,
         "digest": plan.digest[:16],
     }
     if len(experiment.plans) > 1:

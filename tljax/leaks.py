@@ -41,8 +41,8 @@ class Finding:
 def lint(step: Callable, plan: Plan, *args: Any, params: str = "") -> tuple[Finding, ...]:
     """Returns what in `step(*args)` forms or uses a gradient of a frozen leaf; empty where nothing does.
 
-    `args` are arrays or shapes, as the step takes them (under `jax.jit`, `jax.pmap` and `jax.shard_map` too); the
-    parameters, or their frozen part, are found in them by path. `params` is their place where several trees could
+    `args` are trees of arrays or shapes, as the step takes them (under `jax.jit`, `jax.pmap` and `jax.shard_map` too);
+    the parameters, or their frozen part, are found in them by path. `params` is their place where several trees could
     be meant: `"0/params"` is the field or key `params` of the first argument.
 
     Found are gradients that enter a norm, a metric, a clip, a collective or an update; frozen leaves that do not
@@ -50,7 +50,8 @@ def lint(step: Callable, plan: Plan, *args: Any, params: str = "") -> tuple[Find
     their sake. Gradients are those of JAX's reverse mode: ones that a step writes out by hand are not seen.
     Raises UserError where the frozen leaves are not among the arguments, and where there is no gradient at all.
     """
-    closed, out_shapes = jax.make_jaxpr(step, return_shape=True)(*args)
+    args, traced = _arrays_alone(step, args)
+    closed, out_shapes = jax.make_jaxpr(traced, return_shape=True)(*args)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     inputs = _Owned(plan, args)
     outputs = _Owned(plan, out_shapes)
@@ -67,6 +68,22 @@ def lint(step: Callable, plan: Plan, *args: Any, params: str = "") -> tuple[Find
     found += _outputs(walk, frozen, inputs, outputs, place)
     found += _activations(walk, frozen, set(leaks))
     return tuple(dict.fromkeys(found))
+
+
+def _arrays_alone(step: Callable, args: tuple) -> tuple[tuple, Callable]:
+    """The arguments with None for what is no array (functions in a module), and the step over these."""
+    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+    only = lambda tree: jax.tree.map(lambda x: x if is_array(x) else None, tree)
+    leaves, structure = jax.tree.flatten(args)
+    if all(map(is_array, leaves)):
+        return args, lambda *arrays: only(step(*arrays))
+
+    def traced(*arrays):
+        given = iter(jax.tree.leaves(arrays))
+        whole = structure.unflatten([next(given) if is_array(x) else x for x in leaves])
+        return only(step(*whole))
+
+    return only(args), traced
 
 
 class _Owned:

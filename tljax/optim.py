@@ -11,15 +11,23 @@ from tljax.config import duration
 from tljax.errors import UserError
 from tljax.plan import Plan, paths
 
+SLANT_RATIO = 32  # of the largest to the smallest rate of the slanted triangle
+
 
 def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Linear warm-up from 0, then cosine or linear to 0, or constant; a function of the step.
 
-    `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
+    Or slanted triangular (Howard & Ruder 2018): the warm-up rises from lr/32 to lr, then the rate falls linearly to
+    lr/32. `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
     """
-    warmup = duration(config.warmup, steps_per_epoch, "optim.warmup")
+    warmup = duration(config.warmup, steps_per_epoch, "optim.warmup", whole=total_steps)
     if warmup >= total_steps:
         raise UserError(f"config.optim.warmup = {config.warmup!r} is {warmup} steps, the run has {total_steps}")
+    if config.schedule == "slanted_triangular":
+        least, after = config.lr / SLANT_RATIO, total_steps - warmup
+        # The paper divides by cut * (1 / cut_frac - 1), which is this unless its cut was rounded: then it ends below 0.
+        falling = optax.linear_schedule(config.lr, least, after)
+        return optax.join_schedules([optax.linear_schedule(least, config.lr, warmup), falling], [warmup])
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(config.lr, total_steps - warmup),
         "linear": lambda: optax.linear_schedule(config.lr, 0.0, total_steps - warmup),
@@ -36,9 +44,21 @@ def scales(plan: Plan, trainable_only: bool = True) -> optax.GradientTransformat
     """Multiplies each leaf's update by its multiplier: `multi_transform` over the plan's labels."""
     labels = plan.tree(lambda leaf: leaf.label, trainable_only)
     multipliers = {leaf.label: leaf.multiplier for leaf in plan.leaves if leaf.multiplier or not trainable_only}
-    return optax.multi_transform(
-        {label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels
-    )
+    return _by_label({label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels)
+
+
+def _by_label(transforms: dict[str, optax.GradientTransformation], labels) -> optax.GradientTransformation:
+    """`optax.multi_transform`, also for trees that can be called, as Equinox modules can."""
+    if not callable(labels):
+        return optax.multi_transform(transforms, labels)
+    # Optax would call it, taking it for a function from parameters to labels: it goes in as a tuple of one.
+    tx = optax.multi_transform(transforms, (labels,))
+
+    def update(updates, state, params=None, **more):
+        (updates,), state = tx.update((updates,), state, None if params is None else (params,), **more)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init((params,)), update)
 
 
 def by_age(plan: Plan, births: dict[str, int], core: Callable[[], optax.GradientTransformation]):
@@ -88,7 +108,7 @@ def freeze(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransf
     """
     groups = plan.tree(lambda leaf: "train" if leaf.multiplier else "frozen")
     return optax.chain(
-        optax.multi_transform({"train": tx, "frozen": optax.set_to_zero()}, groups),
+        _by_label({"train": tx, "frozen": optax.set_to_zero()}, groups),
         scales(plan, trainable_only=False),
     )
 

@@ -1,69 +1,28 @@
 """The plan: rules resolved against the parameters' shapes. What trains, and all that follows from it.
 
-A plan serves any pytree of parameters whose leaves have a shape and a dtype: nothing here knows flax.
+A plan serves any pytree: nothing here knows flax. Its parameters are the leaves that have a shape and a dtype; others
+(an Equinox module holds functions and numbers, too) belong to the frozen part, and no rule is needed for them.
 `python -m tljax.plan --config=…` prints the plan of an experiment, without weights and without data.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tljax.errors import UserError, listing, nearest
+from tljax.errors import UserError, listing, nearest, unknown
+from tljax.patterns import matches
 
 Tree = Any
 NO_DECAY = ("**/bias", "**/scale", "**/position*")
-
-
-@functools.cache
-def pattern_regex(pattern: str) -> re.Pattern:
-    """Compiles a rule's pattern.
-
-    A glob over the path: `*` stays within one key, `**` spans keys, `{bn,norm}` is either, and naming a node
-    names all below it (`block3` is `block3/**`). A leading `**/` also matches at the root. `re:…` is a regular
-    expression for the whole path; `!…` matches what the rest does not. Raises UserError where it is malformed.
-    """
-    try:
-        return re.compile(_expression(pattern))
-    except re.error as error:
-        raise UserError(f"pattern {pattern!r} is no regular expression: {error}") from None
-
-
-BELOW = "(?:/.*)?"
-
-
-def _expression(pattern: str) -> str:
-    if pattern.startswith("!"):
-        return rf"(?!(?:{_expression(pattern[1:])})\Z).*"
-    if pattern.startswith("re:"):
-        return pattern[3:]
-    glob = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
-    glob = re.sub(r"\\\{(.*?)\\\}", lambda m: f"(?:{m[1].replace(',', '|')})", glob.replace(r"\?", "[^/]"))
-    return glob + BELOW
-
-
-def under(prefix: str, pattern: str) -> str:
-    """The pattern that matches `prefix/PATH` where `pattern` matches `PATH`."""
-    if pattern.startswith(("!", "re:")):
-        return f"re:{_expression(prefix).removesuffix(BELOW)}/(?:{_expression(pattern)})"
-    return f"{prefix}/{pattern}"
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether the pattern covers the whole path."""
-    return pattern_regex(pattern).fullmatch(path) is not None
-
-
-def exactly(pattern: str, path: str) -> bool:
-    """Whether the pattern names this very node: unlike a rule's, that of a node does not name all below it."""
-    pattern_regex(pattern)
-    return re.fullmatch(_expression(pattern).removesuffix(BELOW), path) is not None
+NORM_STATS = ("plan", "frozen", "batch")
 
 
 def paths(tree: Tree) -> tuple[str, ...]:
@@ -77,6 +36,11 @@ def paths(tree: Tree) -> tuple[str, ...]:
 def flat(tree: Tree) -> dict[str, Any]:
     """{path: leaf} of every leaf."""
     return dict(zip(paths(tree), jax.tree.leaves(tree)))
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one, and no key of random numbers."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +82,9 @@ class Plan:
     stages: tuple[str, ...]
     rules: tuple[tuple[str, float], ...]
     leaves: tuple[Leaf, ...]
-    structure: Any  # treedef of the parameters
+    structure: Any  # treedef of the parameters, with None for what is none
     stats: tuple[tuple[str, int], ...]  # (path, number of values) of the normalisation statistics
+    norm_stats: str = "plan"  # which statistics move: as the plan says, none ("frozen"), all ("batch")
 
     @property
     def trainable(self) -> tuple[Leaf, ...]:
@@ -137,10 +102,11 @@ class Plan:
 
         Raises UserError where the tree is not the one that the plan was made for.
         """
-        values = self._flatten(tree)
+        values, owners, structure = self._flatten(tree)
+        trains = [leaf is not None and leaf.multiplier > 0 for leaf in owners]
         return (
-            self.structure.unflatten([v if leaf.multiplier else None for leaf, v in zip(self.leaves, values)]),
-            self.structure.unflatten([None if leaf.multiplier else v for leaf, v in zip(self.leaves, values)]),
+            structure.unflatten([v if t else None for v, t in zip(values, trains)]),
+            structure.unflatten([None if t else v for v, t in zip(values, trains)]),
         )
 
     def merge(self, trainable: Tree, frozen: Tree) -> Tree:
@@ -148,15 +114,28 @@ class Plan:
         is_none = lambda x: x is None
         return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=is_none)
 
-    def _flatten(self, tree: Tree) -> list:
+    def split_stats(self, stats: Tree) -> tuple[Tree, Tree]:
+        """Parts normalisation statistics into (those that move, those that are stored), as `split` does parameters."""
+        values, structure = jax.tree.flatten(stats)
+        moves = [path.rpartition("/")[0] in self.live_norms for path in paths(stats)]
+        return (
+            structure.unflatten([v if moving else None for v, moving in zip(values, moves)]),
+            structure.unflatten([None if moving else v for v, moving in zip(values, moves)]),
+        )
+
+    def _flatten(self, tree: Tree) -> tuple[list, list[Leaf | None], Any]:
+        """Returns (values, the leaf that each is the value of, treedef); None for what is no parameter."""
         values, structure = jax.tree.flatten(tree)
-        if structure != self.structure:
-            have, want = set(paths(tree)), {leaf.path for leaf in self.leaves}
-            raise UserError(
-                f"the tree is not the plan's: missing {listing(sorted(want - have)) or 'nothing'}; "
-                f"unexpected {listing(sorted(have - want)) or 'nothing'}"
-            )
-        return values
+        if structure == self.structure:
+            return values, list(self.leaves), structure
+        found, bare = _parameters(values, structure)
+        if bare != self.structure:
+            names = [name for name, keep in zip(paths(tree), found) if keep]
+            have, want = set(names), {leaf.path for leaf in self.leaves}
+            what = f"missing {listing(sorted(want - have)) or 'nothing'}; unexpected {listing(sorted(have - want))}"
+            raise UserError(f"the tree is not the plan's: {what if have != want else 'other containers'}")
+        leaves = iter(self.leaves)
+        return values, [next(leaves) if keep else None for keep in found], structure
 
     @functools.cached_property
     def live_stages(self) -> tuple[str, ...]:
@@ -166,12 +145,23 @@ class Plan:
 
     @functools.cached_property
     def live_norms(self) -> frozenset[str]:
-        """Module paths of the norms whose stored statistics move: those of which a parameter trains.
+        """Module paths of the norms that normalise by the batch and whose stored statistics move.
 
-        A norm that has statistics but no parameters of its own follows its stage.
+        Those of which a parameter trains (a norm without parameters of its own follows its stage), unless
+        `norm_stats` says that none moves, or that all do.
         """
+        if self.norm_stats == "plan":
+            return self._norms_that_train
+        return self._norms if self.norm_stats == "batch" else frozenset()
+
+    @functools.cached_property
+    def _norms(self) -> frozenset[str]:
+        return frozenset(path.rpartition("/")[0] for path, _ in self.stats)
+
+    @functools.cached_property
+    def _norms_that_train(self) -> frozenset[str]:
         live = set()
-        for norm in {path.rpartition("/")[0] for path, _ in self.stats}:
+        for norm in self._norms:
             own = [leaf for leaf in self.leaves if leaf.path.startswith(norm + "/")]
             if any(leaf.multiplier for leaf in own) or (not own and norm.split("/")[0] in self.live_stages):
                 live.add(norm)
@@ -184,8 +174,9 @@ class Plan:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The frozen prefix: the stages from the input on that nothing trainable influences."""
-        return self.stages[: self.stages.index(self.live_stages[0])]
+        """The frozen prefix: the stages from the input on in which nothing trains and no statistics move."""
+        moving = {*self.live_stages, *(norm.split("/")[0] for norm in self.live_norms)}
+        return tuple(itertools.takewhile(lambda stage: stage not in moving, self.stages))
 
     @functools.cached_property
     def frozen(self) -> dict[str, int]:
@@ -196,14 +187,19 @@ class Plan:
 
     def frozen_digests(self, params: Tree, stats: Tree) -> dict[str, str]:
         """SHA-256 of the bytes of everything in `frozen`, by path: equal digests are equal bits."""
-        values = {f"params/{leaf.path}": value for leaf, value in zip(self.leaves, self._flatten(params))}
+        pairs = zip(*self._flatten(params)[:2])
+        values = {f"params/{leaf.path}": value for value, leaf in pairs if leaf is not None}
         values |= {f"batch_stats/{path}": value for path, value in zip(paths(stats), jax.tree.leaves(stats))}
         return digests({path: values[path] for path in self.frozen})
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf."""
-        return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves})
+        """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf.
+
+        And of the norms that do otherwise than what trains would have them do, whether their statistics move.
+        """
+        otherwise = {f"batch_stats/{n}": str(n in self.live_norms) for n in self.live_norms ^ self._norms_that_train}
+        return combined({leaf.path: f"{leaf.shape} {leaf.label} {leaf.decay}" for leaf in self.leaves} | otherwise)
 
     def totals(self) -> dict[str, int]:
         """{"parameters": number of values, "trainable": of which these train}."""
@@ -254,6 +250,16 @@ def combined(digests: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(digests.items())).encode()).hexdigest()
 
 
+def _differentiable(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _parameters(values: list, structure: Any) -> tuple[list[bool], Any]:
+    """Returns (which leaves are parameters, the treedef with None for the others)."""
+    found = [is_parameter(value) for value in values]
+    return found, jax.tree.structure(structure.unflatten([0 if keep else None for keep in found]))
+
+
 def _span(values: Iterable[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
@@ -265,17 +271,27 @@ def build(
     stats: Tree = None,
     stages: tuple[str, ...] | None = None,
     no_decay: tuple[str, ...] = NO_DECAY,
+    norm_stats: str = "plan",
 ) -> Plan:
     """Resolves ordered rules against parameters: the first rule that matches a path decides.
 
     `params` and `stats` are trees of arrays or of shapes (`jax.ShapeDtypeStruct`); `stages` are their
     top-level keys from input to output (by default in the tree's order). Weight decay leaves out what
-    `no_decay` matches and every leaf of fewer than two dimensions.
+    `no_decay` matches and every leaf of fewer than two dimensions. `norm_stats`: "plan", the statistics of a norm
+    move iff one of its own parameters trains; "frozen", none do; "batch", all do, as elsewhere by default.
 
-    Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains.
+    Raises UserError: a path that no rule matches, a rule that decides no path, nothing that trains, integers that would
+    train, two leaves of one path.
     """
     rules = tuple(rules)
-    names, shapes = paths(params), jax.tree.leaves(params)
+    if norm_stats not in NORM_STATS:
+        raise unknown("norm_stats", norm_stats, NORM_STATS)
+    values, structure = jax.tree.flatten(params)
+    found, structure = _parameters(values, structure)
+    names, shapes = ([x for x, keep in zip(of, found) if keep] for of in (paths(params), values))
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UserError(f"several leaves have the path {listing(twice)}: rules could not tell them apart")
     if stages is None:
         stages = tuple(dict.fromkeys(name.split("/")[0] for name in names))
     leaves, unmatched = [], []
@@ -293,10 +309,13 @@ def build(
         if any(matches(pattern, name) for name in names):
             raise UserError(f"rule {pattern!r} decides nothing: earlier rules match every path that it matches")
         raise UserError(f"rule {pattern!r} matches no parameter{nearest(pattern, (*stages, *names))}")
+    whole = [f"{leaf.path} ({leaf.dtype})" for leaf in leaves if leaf.multiplier and not _differentiable(leaf.dtype)]
+    if whole:
+        raise UserError(f"no gradient exists for {listing(whole)}: freeze with rules before those that decide them")
     if not any(leaf.multiplier for leaf in leaves):
         raise UserError("everything is frozen: no rule gives a multiplier above 0")
     sizes = tuple((p, math.prod(s.shape)) for p, s in zip(paths(stats), jax.tree.leaves(stats)))
-    return Plan(tuple(stages), rules, tuple(leaves), jax.tree.structure(params), sizes)
+    return Plan(tuple(stages), rules, tuple(leaves), structure, sizes, norm_stats)
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,8 @@ import optax
 from tljax.config import call
 from tljax.data.table import SPLITS
 from tljax.errors import UserError, listing
-from tljax.plan import build, flat, matches, paths
+from tljax.patterns import matches
+from tljax.plan import build, flat, paths
 from tljax.report import text
 
 Tree = Any

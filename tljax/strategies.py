@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from tljax.config import call
 from tljax.errors import UserError, nearest, unknown
-from tljax.plan import matches, under
+from tljax.patterns import matches, under
 
 Rules = tuple[tuple[str, float], ...]
 Strategy = Callable[[tuple[str, ...]], Rules]
@@ -70,8 +70,9 @@ def full(body: float = 1.0) -> Strategy:
 def layerwise_decay(rate: float, floor: float | dict[str, float] = 0.0) -> Strategy:
     """Multiplies the learning rate by `rate**depth`, depth counted in stages from the head (ULMFiT, BEiT).
 
-    No multiplier falls below `floor`, which may differ by stage: `{"block1*": 0.1, "stem": 0.01}`, patterns of
-    stages of which the first that matches decides.
+    No multiplier falls below `floor`, which may differ by stage and by parameter: `{"**/bias": 0.5, "block1*": 0.1}`,
+    where patterns with a `/` are of parameters, those without of stages. Parameters come first; of each kind the first
+    that matches decides.
     """
     if not 0 < rate <= 1:
         raise UserError(f"strategy layerwise_decay({rate}): expected 0 < rate <= 1")
@@ -80,14 +81,33 @@ def layerwise_decay(rate: float, floor: float | dict[str, float] = 0.0) -> Strat
         if not 0 <= value <= 1:
             raise UserError(f"strategy layerwise_decay(floor={floor!r}): expected 0 <= floor <= 1")
 
+    of_parameters = {pattern: float(value) for pattern, value in floors.items() if "/" in pattern}
+    of_stages = {pattern: float(value) for pattern, value in floors.items() if "/" not in pattern}
+
     def write(stages):
-        for pattern in floors:
-            if not any(matches(pattern, stage) for stage in _counted(stages)):
+        decayed = {s: rate ** (len(stages) - 1 - i) for i, s in enumerate(_counted(stages))}
+        for pattern in of_stages:
+            if not any(matches(pattern, stage) for stage in stages):
                 raise UserError(
                     f"strategy layerwise_decay: floor {pattern!r} matches no stage{nearest(pattern, stages)}"
                 )
-        least = lambda stage: next((value for pattern, value in floors.items() if matches(pattern, stage)), 0.0)
-        return tuple((s, max(rate ** (len(stages) - 1 - i), float(least(s)))) for i, s in enumerate(stages))
+        least = lambda stage: next((value for pattern, value in of_stages.items() if matches(pattern, stage)), 0.0)
+        by_stage = {s: max(m, least(s)) for s, m in decayed.items()}
+        rules, pairs = [], list(of_parameters.items())
+        reaches = lambda pattern, stage: pattern.startswith(("**", "!", "re:")) or matches(pattern.split("/")[0], stage)
+        for i, (pattern, value) in enumerate(pairs):
+            # The stages in which the floor differs from what comes after it, by their multiplier: mostly one group.
+            lifted = {}
+            for stage in (stage for stage in stages if reaches(pattern, stage)):
+                multiplier = max(decayed[stage], value)
+                after = {max(decayed[stage], later) for p, later in pairs[i + 1 :] if reaches(p, stage)}
+                if after | {by_stage[stage]} != {multiplier}:
+                    lifted.setdefault(multiplier, []).append(stage)
+            if not lifted:
+                raise UserError(f"strategy layerwise_decay: floor {value:g} of {pattern!r} changes nothing")
+            either = lambda group: group[0] if len(group) == 1 else f"{{{','.join(group)}}}"
+            rules += [(f"{either(group)} & {pattern}", multiplier) for multiplier, group in lifted.items()]
+        return (*rules, *by_stage.items())
 
     return write
 

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, command, data, ending, experiment, fisher, optim, parallel, phases, source
+from tljax import STARTED, command, data, delta, ending, experiment, fisher, optim, parallel, phases, source
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
 from tljax.evaluate import Evaluator
 from tljax.leaks import lint
-from tljax.plan import Plan
-from tljax.report import metrics
+from tljax.plan import Plan, combined
+from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, make_train_step
 from tljax.workdir import Workdir
@@ -45,6 +45,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
         self.seconds = {"start": time.time() - STARTED}
+        self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
 
     @contextlib.contextmanager
@@ -155,8 +156,7 @@ class Run:
         self.notes = self.checkpoints.notes(step)
         if self.notes["data"] != self.dataset.digest:
             raise UserError(f"the data are not those that {self.workdir.path} was begun with")
-        plan, like = self.exp.saved_at(step, len(self.dataset.train))
-        state = self.checkpoints.restore(step, self.layout.abstract(like))
+        plan, state = self.exp.restore(self.checkpoints, step, self.layout, len(self.dataset.train))
         self.verify(state, plan)
         self.console.print(f"resumed from step {step}; the frozen values are those of the start")
         return state
@@ -177,9 +177,20 @@ class Run:
             steps = f"{self.phase.start}–{self.phase.stop}"
             live = experiment.live_spans(self.plan)
             self.console.print(f"phase {i + 1} of {len(self.phases)}, steps {steps}: {live}")
+        like = self.exp.state_shapes(self.plan, tx)
+        self.left_out = self.exp.left_out(self.phases[: i + 1])
+        held, whole = (delta.nbytes(tree) for tree in (delta.cut(like, self.left_out), like))
+        self.checkpoint_bytes = {"bytes": held, "whole_bytes": whole}
+        if self.config.checkpoint.delta:
+            share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
+            self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
         with self.clock("compile"):
-            self.compile(tx, self.layout.abstract(self.exp.state_shapes(self.plan, tx)))
+            self.compile(tx, self.layout.abstract(like))
         return state
+
+    def base_digest(self) -> str:
+        """One digest over all that checkpoints leave out, as it was at the start."""
+        return combined({path: self.notes["frozen"][path] for path in self.left_out})
 
     def verify(self, state: State, plan: Plan) -> None:
         """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
@@ -194,8 +205,10 @@ class Run:
         with self.clock("checkpoints"):
             self.verify(state, self.plan)
             self.notes["step"] = int(state.step)
+            self.notes["base"] = self.base_digest()
             best = self.notes["best"]
-            self.checkpoints.save(int(state.step), state, self.notes, best["step"] if best else None)
+            held = delta.cut(state, self.left_out)
+            self.checkpoints.save(int(state.step), held, self.notes, best["step"] if best else None)
 
     def compile(self, tx, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
@@ -209,8 +222,12 @@ class Run:
         batch = self.layout.abstract_batch(config.batch_size, p.size)
         program = self.layout.program(step, like)
         leaks = lint(program, self.plan, like, batch)  # before compiling, which takes over what was traced
-        for line in leaks or ("no gradient of a frozen leaf is formed",):
+        # A leak is a mistake in the step or the model, not in what the user asked for, and costs time and memory alone
+        # (the frozen values are verified all the same): it is told, here and in the summary, and stops nothing.
+        for line in leaks or (() if self.looked else ("no gradient of a frozen leaf is formed",)):
             self.console.print(f"lint: {line}")
+        self.looked = True
+        self.leaks |= dict.fromkeys(map(str, leaks))
         self.train_step = program.lower(like, batch).compile()
 
     # ---- the loop

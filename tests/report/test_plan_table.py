@@ -77,3 +77,15 @@ def test_nothing_trainable_no_rules_and_long_names():
     lines = str(plan_table(rows, {"parameters": 0, "trainable": 0, "optimizer_bytes": 0}, [])).splitlines()
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("aaa") and "…" in line for line in lines)
+
+
+def test_a_long_group_of_stages_is_broken_at_its_commas():
+    names = [f"encoder_block{i}" for i in range(12)]
+    pattern = f"{{{','.join(names)}}} & **/bias"
+    row = {"stage": "head", "parameters": 1, "trainable": 1, "multiplier": 1, "decay": "no", "norm": "-"}
+    totals = {"parameters": 1, "trainable": 1, "optimizer_bytes": 0}
+    table = str(plan_table([row | {"optimizer_bytes": 0}], totals, [(pattern, 0.3, 12)]))
+    assert pattern.replace(" ", "") in re.sub(r"\s", "", table)  # nothing lost
+    assert all(name in table for name in names)  # and none torn
+    assert max(map(len, table.splitlines())) <= 100
+    assert table.splitlines()[-1].strip()

@@ -11,6 +11,7 @@ import numpy as np
 from tljax import files, plan
 from tljax.adapters.kinds import KINDS, Adapter
 from tljax.errors import UserError, listing
+from tljax.patterns import matches
 from tljax.weights import safetensors
 
 KEY = "tljax.adapters"  # of the file's metadata
@@ -98,7 +99,7 @@ def stored(model: Any, values: Mapping[str, Any], reset: Sequence[str]) -> dict[
         kept = read(file)
         own = kept.own()
         others = [p.split("/", 1)[1] for p in kept.values if p not in own]
-        lost = [p for p in others if not any(plan.matches(pattern, p) for pattern in reset)]
+        lost = [p for p in others if not any(matches(pattern, p) for pattern in reset)]
         if lost:
             raise UserError(
                 f"{file} also holds {listing(lost)}, which trained beside its adapters: merge that run first"

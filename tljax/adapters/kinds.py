@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from tljax.errors import UserError
 from tljax.models import layers
-from tljax.plan import exactly, under
+from tljax.patterns import exactly, under
 
 Call = Callable[[jax.Array], jax.Array]  # a module as a function of its first argument
 

@@ -65,7 +65,7 @@ def plan_table(rows: Sequence[Mapping], totals: Mapping, rules: Sequence) -> Pla
 
 
 def _rules(rules: Sequence) -> list[str]:
-    """The rules in their order: multiplier, leaves, pattern (broken after a `|` where it is too long)."""
+    """The rules in their order: multiplier, leaves, pattern (broken after `|`, `,` or a space where it is too long)."""
     rules = [_rule(r) for r in rules]
     values = max(len("multiplier"), *(len(value) for _, value, _ in rules))
     counts = max(len("leaves"), *(len(leaves) for _, _, leaves in rules))
@@ -86,7 +86,7 @@ def _rule(rule) -> tuple[str, str, str]:
 
 def _broken(pattern: str, width: int) -> list[str]:
     lines = [""]
-    for piece in re.findall(r"[^|]*\|?", pattern):
+    for piece in re.findall(r"[^|, ]+[|, ]?|[|, ]", pattern):
         if lines[-1] and len(lines[-1]) + len(piece) > width:
             lines.append("")
         lines[-1] += piece

@@ -18,7 +18,7 @@ import numpy as np
 
 from tljax import errors
 from tljax.errors import UserError, listing
-from tljax.plan import matches
+from tljax.patterns import matches
 
 Target = str | Callable[[re.Match], str] | None
 Row = tuple[str, Target | tuple[Target, ...], str]
