@@ -1,4 +1,4 @@
-"""What the README says works: its Python runs, its commands' files and flags exist."""
+"""What README and docs say works: their Python runs, the files and flags of their commands exist."""
 
 import re
 from pathlib import Path
@@ -9,23 +9,27 @@ from tljax.command import from_command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EVERYTHING = "\n".join([README, *(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))])
 
 
-def test_its_python_runs():
-    for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("file", ["README.md", "docs/adapters.md"])  # docs/anywhere.md: test_anywhere.py
+def test_its_python_runs(file):
+    found = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.S)
+    assert found
+    for code in found:
+        exec(compile(code, file, "exec"), {})
 
 
-@pytest.mark.parametrize("line", re.findall(r"^python -m tljax\.(?:train|plan) (.*?)(?:\s+#.*)?$", README, re.M))
+@pytest.mark.parametrize("line", re.findall(r"^python -m tljax\.(?:train|plan) (.*?)(?:\s+#.*)?$", EVERYTHING, re.M))
 def test_its_configs_and_flags_exist(line, monkeypatch):
     import shlex
 
     monkeypatch.chdir(ROOT)
-    assert from_command_line(shlex.split(line), "", workdir="").config.model
+    assert from_command_line(shlex.split(line), "", workdir="", compare="").config.model
 
 
 @pytest.mark.parametrize(
-    "path", re.findall(r"`((?:configs|benchmarks|launch|tljax|docs)/[\w/.]+)`|\]\((docs/[\w/.]+)\)", README)
+    "path", re.findall(r"`((?:configs|benchmarks|launch|tljax|docs)/[\w/.]+)`|\]\((docs/[\w/.]+)\)", EVERYTHING)
 )
 def test_its_files_exist(path):
     assert (ROOT / "".join(path)).exists()
