@@ -137,11 +137,11 @@ def num_classes(spec: str | Card, model_name: str) -> int:
     _, table = _table(found, model_name, list(arrays))
     two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
     pairs = matcher.fit({name: array.shape for name, array in arrays.items()}, table, {k: () for k in three}).pairs
-    for leaf, (name, how) in pairs.items():
-        shape = matcher.transform(how, arrays[name]).shape
-        for axis, (a, b) in enumerate(zip(two[leaf].shape, three[leaf].shape)):
+    for leaf, (name, part) in pairs.items():
+        shape = part.shape(arrays[name].shape) or ()
+        for length, a, b in zip(shape, two[leaf].shape, three[leaf].shape):
             if a != b and len(shape) == len(three[leaf].shape):
-                return shape[axis]
+                return length
     raise UserError(f"{path} has no head: nothing tells its classes, so there is no source task")
 
 
