@@ -172,8 +172,8 @@ def run(tiny, place, tmp_path):
 def last_state(path):
     exp, layout, *_ = evaluate.restore(Workdir(path), "last")
     checkpoints = Checkpoints(path / "checkpoints")
-    _, like = exp.saved_at(checkpoints.latest(), 24)
-    state = layout.to_host(checkpoints.restore(checkpoints.latest(), layout.abstract(like)))
+    _, state = exp.restore(checkpoints, checkpoints.latest(), layout, 24)
+    state = layout.to_host(state)
     checkpoints.close()
     return exp, state
 
@@ -269,6 +269,7 @@ def test_ewc_in_phases_resumes_exactly_without_its_source(run, place, tmp_path):
         "regulariser": f"ewc(strength={{'head': 0, '**': 5.0}}, source='folder:{photos}', batches=2)", "seed": 2,
         "phases": "phases(('3 steps', frozen()), ('rest', rules(('block2', 1), ('head', 1), ('**', 0))))", "ema": 0.5,
         "train_for": "8 steps", "checkpoint_every": "4 steps", "eval_every": "50 steps",
+        "checkpoint.delta": "true",
     }  # fmt: skip
     whole = run("whole", **fields)
     _, state = last_state(whole)
