@@ -23,6 +23,7 @@ SIZES = {
     "mobilenet_v3_tiny": 45,
     "efficientnetv2_tiny": 45,
     "vgg_bn_tiny": 45,
+    "resnext_tiny": 45,
 }
 CLASSES = 10
 

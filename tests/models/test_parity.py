@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch_reference as reference
+import torch_zoo
 from flax import traverse_util
 
 from tljax import models, weights
@@ -109,6 +110,7 @@ def test_logits_of_real_weights_of_mobilenet():
         ("mobilenet_v3_tiny", 1e-3),
         ("efficientnetv2_tiny", 1e-3),
         ("vgg_bn_tiny", 1e-3),
+        ("resnext_tiny", 1e-3),
         pytest.param("resnet50", 1e-2, marks=pytest.mark.slow),
     ],
 )
@@ -173,3 +175,13 @@ def test_conversion_covers_every_tensor(name, naming):
     flat = {path: value.shape for path, value in reference.converted(reference.table(name, naming), source).items()}
     shapes = traverse_util.flatten_dict(models.shapes(models.create(name, CLASSES)), sep="/")
     assert flat == {path: leaf.shape for path, leaf in shapes.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_timm_names_residual_networks_as_torchvision_does(name):
+    torch = pytest.importorskip("torch", reason=reference.EXTRA)
+    timm = torch_zoo.import_timm()
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=CLASSES).state_dict()
+        known = reference.model(name, CLASSES, 64).state_dict()
+    assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in known.items()}

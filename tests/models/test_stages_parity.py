@@ -18,6 +18,8 @@ FAST = {
     ("vgg_tiny", "torchvision"): 38,
     ("vgg_bn_tiny", "torchvision"): 45,
     ("vgg_bn_tiny", "timm"): 28,
+    ("resnet18", "torchvision"): 45,
+    ("resnext_tiny", "torchvision"): 45,
     ("mobilenet_v2", "timm"): 39,
     ("mobilenetv3_small_100", "timm"): 39,
 }
@@ -32,6 +34,9 @@ SLOW = {
     ("tf_efficientnetv2_m", "timm"): 65,
     ("efficientnet_v2_s", "torchvision"): 75,
     ("efficientnet_v2_l", "torchvision"): 65,
+    ("resnext50_32x4d", "torchvision"): 75,
+    ("resnext101_64x4d", "torchvision"): 64,
+    ("wide_resnet50_2", "torchvision"): 75,
     ("vgg11", "torchvision"): 70,
     ("vgg13_bn", "timm"): 64,
     ("vgg16_bn", "torchvision"): 224,
