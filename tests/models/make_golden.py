@@ -24,6 +24,7 @@ SIZES = {
     "efficientnetv2_tiny": 45,
     "vgg_bn_tiny": 45,
     "resnext_tiny": 45,
+    "resnetv2_tiny": 45,
 }
 CLASSES = 10
 

@@ -17,6 +17,7 @@ TINY = [
     "mobilenet_v3_tiny",
     "resnet_tiny",
     "groupnorm_tiny",
+    "resnetv2_tiny",
     "vgg_bn_tiny",
     "vit_mini",
 ]
@@ -59,7 +60,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    without = name.startswith(("vit", "groupnorm")) or (name.startswith("vgg") and "bn" not in name)
+    without = name.startswith(("vit", "groupnorm", "resnetv2")) or (name.startswith("vgg") and "bn" not in name)
     assert bool(stats) != without
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
     assert models.input_size(name) == model.size
@@ -87,6 +88,8 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("resnext101_64x4d", 83.46),
         ("wide_resnet50_2", 68.88),
         ("wide_resnet101_2", 126.89),
+        ("resnetv2_50x1_bit", 25.55),
+        ("resnetv2_152x2_bit", 236.34),
         ("vgg11", 132.86),
         ("vgg16_bn", 138.37),
         ("vgg19", 143.67),

@@ -8,6 +8,7 @@ import torch_zoo
 from flax import traverse_util
 
 from tljax import models
+from tljax.weights import lookalike, matcher
 
 CLASSES = 10
 # (model, naming): input size; odd, so that padding differs from layer to layer.
@@ -20,6 +21,7 @@ FAST = {
     ("vgg_bn_tiny", "timm"): 28,
     ("resnet18", "torchvision"): 45,
     ("resnext_tiny", "torchvision"): 45,
+    ("resnetv2_tiny", "timm"): 45,
     ("mobilenet_v2", "timm"): 39,
     ("mobilenetv3_small_100", "timm"): 39,
 }
@@ -37,6 +39,8 @@ SLOW = {
     ("resnext50_32x4d", "torchvision"): 75,
     ("resnext101_64x4d", "torchvision"): 64,
     ("wide_resnet50_2", "torchvision"): 75,
+    ("resnetv2_50x1_bit", "timm"): 75,
+    ("resnetv2_101x1_bit", "timm"): 64,
     ("vgg11", "torchvision"): 70,
     ("vgg13_bn", "timm"): 64,
     ("vgg16_bn", "torchvision"): 224,
@@ -74,3 +78,44 @@ def test_the_output_of_every_stage(name, naming):
         if got.ndim == 2 and one.ndim == 4:  # the last stage before the head comes pooled
             one = one.mean((1, 2))
         reference.assert_close(got, one)
+
+
+def test_google_s_names_are_those_that_timm_reads(tmp_path):
+    """A file in the form of the published BiT .npz, read by timm's own loader and by our table."""
+    name, names = "resnetv2_tiny", {}
+
+    def norm(at, channels):
+        names.update({f"{at}/gamma": (channels,), f"{at}/beta": (channels,)})
+
+    names["resnet/root_block/standardized_conv2d/kernel"] = (7, 7, 3, 8)
+    wide = 8
+    for block, units, channels in ((1, 1, 8), (2, 2, 16)):
+        for unit in range(1, units + 1):
+            at = f"resnet/block{block}/unit{unit:02d}"
+            for letter, size, inputs, outputs in (("a", 1, wide, channels), ("b", 3, channels, channels),
+                                                  ("c", 1, channels, 4 * channels)):  # fmt: skip
+                norm(f"{at}/{letter}/group_norm", inputs)
+                names[f"{at}/{letter}/standardized_conv2d/kernel"] = (size, size, inputs, outputs)
+            if unit == 1:
+                names[f"{at}/a/proj/standardized_conv2d/kernel"] = (1, 1, wide, 4 * channels)
+            wide = 4 * channels
+    norm("resnet/group_norm", wide)
+    names |= {"resnet/head/conv2d/kernel": (1, 1, wide, CLASSES), "resnet/head/conv2d/bias": (CLASSES,)}
+    source = {key: reference.draw(key.replace("gamma", "weight"), shape) for key, shape in names.items()}
+    np.savez(tmp_path / "bit.npz", **source)
+
+    net = reference.model(name, CLASSES, 32, "timm")
+    torch = pytest.importorskip("torch", reason=reference.EXTRA)
+    with torch.no_grad():
+        net.load_pretrained(str(tmp_path / "bit.npz"))
+    model = models.create(name, CLASSES)
+    result = matcher.fit(
+        {key: value.shape for key, value in source.items()},
+        models.conversion(name)["google"],
+        {path: leaf.shape for path, leaf in matcher.flatten(models.shapes(model)).items()},
+    )
+    assert result.problems == 0
+    assert lookalike.best_table(list(source), name)[0] == "google"
+    variables = matcher.fill(source, result, models.shapes(model))
+    x = reference.images(2, 45)
+    reference.assert_close(jax.jit(model.apply)(variables, x), net(reference.torch_order(x)).detach().numpy())

@@ -110,7 +110,15 @@ def _tiny_torchvision(name: str, classes: int):
 
 
 def _tiny_timm(name: str, classes: int):
-    vgg = import_timm().models.vgg
+    timm = import_timm()
+    if name == "resnetv2_tiny":
+        from functools import partial
+
+        norm = partial(timm.layers.GroupNormAct, num_groups=4)
+        conv = partial(timm.layers.StdConv2d, eps=1e-8)
+        fields = {"stem_type": "fixed", "conv_layer": conv, "norm_layer": norm}
+        return timm.models.ResNetV2([1, 2], (32, 64), classes, stem_chs=8, **fields)
+    vgg = timm.models.vgg
     if name.startswith("vgg"):
         from torch import device, nn
 
@@ -157,6 +165,9 @@ def _vgg_stages(net, *last: str) -> dict[str, str]:
 def _timm_stages(net, name: str) -> dict[str, str]:
     if name.startswith("vgg"):
         return _vgg_stages(net, "pre_logits.act1", "pre_logits.act2", "head")
+    if name.startswith("resnetv2"):
+        blocks = [f"stages.{i}.blocks.{j}" for i, group in enumerate(net.stages) for j in range(len(group.blocks))]
+        return _numbered(blocks, "stem", ("norm", "norm"), ("head", "head"))
     blocks = [f"blocks.{i}.{j}" for i, group in enumerate(net.blocks) for j in range(len(group))]
     if "v3" in name:
         return _numbered(blocks[:-1], "bn1", ("top", blocks[-1]), ("hidden", "act2"), ("head", "classifier"))

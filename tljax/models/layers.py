@@ -29,6 +29,7 @@ class Common:
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
     norm: str = "batch"  # a key of NORMS
+    groups: int = 0  # of a group norm; 0: at most 32, of at least four channels
     epsilon: float = 1e-5
     momentum: float = 0.9
 
@@ -137,10 +138,15 @@ class Conv(nn.Module):
         c = self.common
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, c.param_dtype, self.groups)
-        x = convolve(x.astype(c.dtype), kernel.astype(c.dtype), self.stride, self.padding, self.groups)
+        kernel = self.used(kernel).astype(c.dtype)
+        x = convolve(x.astype(c.dtype), kernel, self.stride, self.padding, self.groups)
         if self.use_bias:
             x = x + self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)
         return x
+
+    def used(self, kernel: jax.Array) -> jax.Array:
+        """What the convolution makes of its kernel before use."""
+        return kernel
 
 
 class Dense(nn.Module):
@@ -200,7 +206,7 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) in at most 32 groups: no statistics are stored, `live` is moot."""
+    """Group normalisation (Wu & He 2018): no statistics are stored, `live` is moot."""
 
     common: Common
 
@@ -210,7 +216,7 @@ class GroupNorm(nn.Module):
         c, (*outer, channels) = self.common, x.shape
         scale = self.param("scale", nn.initializers.ones, (channels,), c.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), c.param_dtype)
-        groups = min(32, channels // 4)
+        groups = c.groups or min(32, channels // 4)
         grouped = x.astype(jnp.float32).reshape(*outer, groups, channels // groups)
         mean = grouped.mean((1, 2, 4), keepdims=True)
         var = grouped.var((1, 2, 4), keepdims=True)
