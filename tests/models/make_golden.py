@@ -25,6 +25,7 @@ SIZES = {
     "vgg_bn_tiny": 45,
     "resnext_tiny": 45,
     "resnetv2_tiny": 45,
+    "inception_tiny": 96,
 }
 CLASSES = 10
 

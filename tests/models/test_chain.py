@@ -77,6 +77,8 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("tf_efficientnetv2_s", 21.46),
         ("efficientnet_v2_m", 54.14),
         ("efficientnet_v2_l", 118.52),
+        ("inception_v3", 23.83),
+        ("inception_v3_aux", 27.16),
         ("mobilenet_v2", 3.50),
         ("mobilenet_v3_large", 5.48),
         ("mobilenet_v3_small", 2.54),

@@ -1,5 +1,7 @@
 """Every stage's output equals the reference's, in each naming of each architecture."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ FAST = {
     ("resnet18", "torchvision"): 45,
     ("resnext_tiny", "torchvision"): 45,
     ("resnetv2_tiny", "timm"): 45,
+    ("inception_tiny", "torchvision"): 107,
     ("mobilenet_v2", "timm"): 39,
     ("mobilenetv3_small_100", "timm"): 39,
 }
@@ -41,6 +44,8 @@ SLOW = {
     ("wide_resnet50_2", "torchvision"): 75,
     ("resnetv2_50x1_bit", "timm"): 75,
     ("resnetv2_101x1_bit", "timm"): 64,
+    ("inception_v3", "torchvision"): 107,
+    ("inception_v3_aux", "torchvision"): 299,
     ("vgg11", "torchvision"): 70,
     ("vgg13_bn", "timm"): 64,
     ("vgg16_bn", "torchvision"): 224,
@@ -78,6 +83,22 @@ def test_the_output_of_every_stage(name, naming):
         if got.ndim == 2 and one.ndim == 4:  # the last stage before the head comes pooled
             one = one.mean((1, 2))
         reference.assert_close(got, one)
+
+
+@pytest.mark.slow
+def test_the_auxiliary_head_is_computed_where_it_is_asked_for():
+    net = reference.model("inception_v3_aux", CLASSES, 299)
+    flat = reference.converted(reference.table("inception_v3_aux"), reference.state_dict(net, 299))
+    model, variables = models.create("inception_v3_aux", CLASSES), traverse_util.unflatten_dict(flat, sep="/")
+    x = reference.images(1, 299)
+    seen = torch_zoo.outputs(net, {"6e": "Mixed_6e"}, reference.torch_order(x))["6e"]
+    expected = net.AuxLogits(reference.torch_order(seen)).detach().numpy()
+    logits, found = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(variables, x)
+    reference.assert_close(found["intermediates"]["block8"]["aux_logits"][0], expected)
+    reference.assert_close(jax.jit(model.apply)(variables, x), np.asarray(logits), 1e-6)
+    # Without it neither its parameters nor its products are needed.
+    del variables["params"]["block8"]["aux"]
+    reference.assert_close(jax.jit(model.apply)(variables, x), np.asarray(logits), 1e-6)
 
 
 def test_google_s_names_are_those_that_timm_reads(tmp_path):

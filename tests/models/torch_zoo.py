@@ -47,6 +47,10 @@ def import_timm():
 
 def published(name: str, classes: int, naming: str):
     """The library's network that is our model `name`."""
+    if name.startswith("inception"):
+        return import_torchvision().models.inception_v3(
+            num_classes=classes, init_weights=False, aux_logits=name.endswith("_aux")
+        )
     if naming == "torchvision":
         return getattr(import_torchvision().models, name)(num_classes=classes)
     return import_timm().create_model(TIMM.get(name, name), num_classes=classes)
@@ -87,6 +91,17 @@ def _tiny_torchvision(name: str, classes: int):
         ]
         norm = partial(BatchNorm2d, eps=1e-3, momentum=0.01)
         return vision.EfficientNet(groups, 0.2, num_classes=classes, norm_layer=norm, last_channel=32)
+    if name == "inception_tiny":
+        from functools import partial
+
+        from torch.nn import Linear
+
+        inception = vision.inception
+        narrow = lambda n, out, **fields: inception.BasicConv2d(n if n == 3 else n // 16, out // 16, **fields)
+        blocks = [partial(getattr(inception, f"Inception{letter}"), conv_block=narrow) for letter in "ABCDE"]
+        net = vision.Inception3(classes, False, inception_blocks=[narrow, *blocks, None], init_weights=False)
+        net.fc = Linear(2048 // 16, classes)
+        return net
     if name == "resnext_tiny":
         from torch import nn
 
@@ -145,6 +160,9 @@ def _torchvision_stages(net, name: str) -> dict[str, str]:
     if name.startswith(("resne", "wide")):
         blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in range(len(getattr(net, f"layer{i}")))]
         return _numbered(blocks, "maxpool", ("head", "fc"))
+    if name.startswith("inception"):
+        blocks = [path for path, _ in net.named_children() if path.startswith("Mixed")]
+        return _numbered(blocks, "maxpool2", ("head", "fc"))
     if name.startswith("vgg"):
         return _vgg_stages(net, "classifier.1", "classifier.4", "classifier.6")
     last = len(net.features) - 1

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-Padding = str | int  # "SAME" as in TensorFlow at the actual input size, or so many pixels on each side
+# "SAME" as in TensorFlow at the actual input size, or so many pixels on each side, of height and width if two.
+Padding = str | int | tuple[int, int]
 Pads = Sequence[tuple[int, int]]
 
 
@@ -87,11 +88,10 @@ def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, group
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = "SAME", groups: int = 1):
     """Convolution in the form that suits the backend. x: [batch, height, width, in] -> [batch, h, w, out]."""
     size = kernel.shape[:2]
-    pads = (
-        lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), padding)
-        if isinstance(padding, str)
-        else [(padding, padding)] * 2
-    )
+    if isinstance(padding, str):
+        pads = lax.padtype_to_pads(x.shape[1:3], size, (stride, stride), padding)
+    else:
+        pads = [(n, n) for n in (padding if isinstance(padding, tuple) else (padding, padding))]
     plain = lambda x, kernel: plain_conv(x, kernel, stride, pads, groups)
     if size == (1, 1) and groups == 1 and not any(map(any, pads)):
         cpu = lambda x, kernel: pointwise_conv(x, kernel, stride)
@@ -121,11 +121,11 @@ def linear_init(key: jax.Array, shape: Sequence[int], dtype, groups: int = 1) ->
 
 
 class Conv(nn.Module):
-    """Convolution: params kernel [size, size, in / groups, features] and, if `use_bias`, bias [features]."""
+    """Convolution: params kernel [*size, in / groups, features] and, if `use_bias`, bias [features]."""
 
     common: Common
     features: int
-    size: int = 1
+    size: int | tuple[int, int] = 1
     stride: int = 1
     padding: Padding = "SAME"
     groups: int = 1
@@ -136,7 +136,8 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [batch, height, width, in] -> [batch, h, w, features] in the compute dtype."""
         c = self.common
-        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+        size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, c.param_dtype, self.groups)
         kernel = self.used(kernel).astype(c.dtype)
         x = convolve(x.astype(c.dtype), kernel, self.stride, self.padding, self.groups)
