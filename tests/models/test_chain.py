@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_zoo
 from flax import traverse_util
 
 from tljax import models
@@ -47,7 +48,7 @@ def train(model, variables, x, live, start=None, stop=None, key=None):
     return model.apply(variables, x, live=live, start=start, stop=stop, mutable=["batch_stats"], rngs=rngs)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", torch_zoo.cases(models.names()))
 def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)

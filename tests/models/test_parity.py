@@ -168,7 +168,7 @@ NAMINGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "naming"), NAMINGS)
+@pytest.mark.parametrize(("name", "naming"), torch_zoo.cases(NAMINGS))
 def test_conversion_covers_every_tensor(name, naming):
     """Each tensor of each reference matches one row; together they fill each leaf once, in its shape."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)

@@ -33,8 +33,8 @@ SLOW = {
     ("mobilenet_v3_small", "torchvision"): 224,
     ("mobilenet_v3_large", "torchvision"): 75,
     ("mobilenetv3_large_100", "timm"): 224,
-    ("efficientnet_b0", "timm"): 75,
-    ("efficientnet_lite0", "timm"): 224,
+    ("tf_efficientnet_b0", "timm"): 75,
+    ("tf_efficientnet_lite0", "timm"): 224,
     ("tf_efficientnetv2_s", "timm"): 75,
     ("tf_efficientnetv2_m", "timm"): 65,
     ("efficientnet_v2_s", "torchvision"): 75,
@@ -83,6 +83,26 @@ def test_the_output_of_every_stage(name, naming):
         if got.ndim == 2 and one.ndim == 4:  # the last stage before the head comes pooled
             one = one.mean((1, 2))
         reference.assert_close(got, one)
+
+
+@pytest.mark.parametrize(
+    ("asked", "theirs"),
+    [
+        # Of the same shapes, and yet other networks: the padding or the norms' epsilon differ.
+        ("mobilenet_v3_small", "mobilenetv3_small_100"),
+        ("efficientnet_v2_s", "tf_efficientnetv2_s"),
+        ("efficientnet_lite0", "tf_efficientnet_lite0"),
+    ],
+)
+def test_another_library_s_twin_is_told_apart(asked, theirs):
+    torch = pytest.importorskip("torch", reason=reference.EXTRA)
+    with torch.device("meta"):
+        net = reference.model(theirs, CLASSES, 224, "timm")
+    names = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    _, table = lookalike.best_table(list(names), asked)
+    shapes = matcher.flatten(models.shapes(models.create(asked, CLASSES)))
+    assert matcher.fit(names, table, {path: leaf.shape for path, leaf in shapes.items()}).problems > 100
+    assert lookalike.find(names, asked) == (theirs, "timm")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The networks of torchvision and timm that our convolutional models equal, and where in them our stages end."""
 
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ qroi_align(Tensor x) -> Tensor
 deform_conv2d(Tensor x) -> Tensor
 _deform_conv2d_backward(Tensor x) -> Tensor
 """
+# Of these a smaller sibling is tested in the fast suite.
+_LARGE = re.compile(r"tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101")
 _declared = []  # the declarations last as long as the library object
 
 
@@ -37,6 +40,13 @@ def import_torchvision():
         for operator in filter(None, _OPERATORS.splitlines()):
             _declared[0].define(operator)
         return importlib.import_module("torchvision")
+
+
+def cases(names):
+    """The names, or tuples that begin with one, as pytest's parameters: large networks marked slow."""
+    is_large = lambda case: bool(_LARGE.match(case if isinstance(case, str) else case[0]))
+    every = [(case, case if isinstance(case, tuple) else (case,)) for case in names]
+    return [pytest.param(*values, marks=pytest.mark.slow) if is_large(case) else case for case, values in every]
 
 
 def import_timm():
@@ -53,11 +63,7 @@ def published(name: str, classes: int, naming: str):
         )
     if naming == "torchvision":
         return getattr(import_torchvision().models, name)(num_classes=classes)
-    return import_timm().create_model(TIMM.get(name, name), num_classes=classes)
-
-
-TIMM = {"mobilenet_v2": "mobilenetv2_100", **{f"efficientnet_b{i}": f"tf_efficientnet_b{i}" for i in range(8)}}
-TIMM |= {f"efficientnet_lite{i}": f"tf_efficientnet_lite{i}" for i in range(5)}
+    return import_timm().create_model("mobilenetv2_100" if name == "mobilenet_v2" else name, num_classes=classes)
 
 
 def tiny(name: str, classes: int, naming: str):

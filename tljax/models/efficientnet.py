@@ -49,7 +49,7 @@ class Variant:
     stem: int = 32
     top: int = 1280
     same: bool = True
-    namings: tuple[str, ...] = ("efficientnet_pytorch", "timm")
+    namings: tuple[str, ...] = ("efficientnet_pytorch",)
 
     @property
     def act(self) -> str:
@@ -126,7 +126,7 @@ _L = dataclasses.replace(
 )
 _TORCHVISION = {"same": False, "namings": ("torchvision",)}
 
-VARIANTS = {
+_V1 = {
     "efficientnet_lite0": Variant(1.0, 1.0, 224, 0.2, lite=True),
     "efficientnet_lite1": Variant(1.0, 1.1, 240, 0.2, lite=True),
     "efficientnet_lite2": Variant(1.1, 1.2, 260, 0.3, lite=True),
@@ -140,6 +140,12 @@ VARIANTS = {
     "efficientnet_b5": Variant(1.6, 2.2, 456, 0.4),
     "efficientnet_b6": Variant(1.8, 2.6, 528, 0.5),
     "efficientnet_b7": Variant(2.0, 3.1, 600, 0.5),
+}
+
+VARIANTS = {
+    **_V1,
+    # In timm the names without tf_ are those of other networks, with the same keys but symmetric padding.
+    **{f"tf_{name}": dataclasses.replace(variant, namings=("timm",)) for name, variant in _V1.items()},
     # As TensorFlow has them, and as torchvision.
     **{f"tf_efficientnetv2_{letter}": variant for letter, variant in (("s", _S), ("m", _M), ("l", _L))},
     **{
