@@ -6,7 +6,7 @@
 
 The norms within the stages that train (`bn1`, `norm2`, …) are frozen, so that they go on using the statistics of the
 million images that they were trained on: batches of 16 tell too little. `norms=true` trains them, and then their
-statistics, if they have any, move as well.
+statistics, if they have any, move as well. A network that has no norms (`vgg16`) takes `norms=true`, too.
 """
 
 from tljax.config import arguments, base

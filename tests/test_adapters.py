@@ -277,6 +277,14 @@ def test_what_cannot_be_adapted_is_said(adapter, message):
         adapt(Net(), [adapter], IMAGES)
 
 
+def test_standardised_kernels_take_no_adapters_that_fold_into_them():
+    """Standardising undoes a factor and mixes what is added: the merged network would be another."""
+    model = models.create("resnetv2_tiny", 3)
+    for adapter in (Lora("lora", "**/conv*"), IA3("ia3", "**/conv*")):
+        with pytest.raises(UserError, match="match no"):
+            adapt(model, (adapter,), jnp.zeros((1, 32, 32, 3)))
+
+
 def test_two_adapters_of_one_name_are_refused():
     with pytest.raises(UserError, match="two adapters are called 'lora'"):
         adapt(Net(), [Lora("lora", "conv"), Lora("lora", "out")], IMAGES)

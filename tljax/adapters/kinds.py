@@ -27,8 +27,12 @@ def out_dims(module: nn.Module) -> int:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module's output is linear in a parameter `kernel`: Dense, Conv, DenseGeneral and ours."""
-    return hasattr(module, "features") and module.has_variable("params", "kernel")
+    """Whether the module's output is linear in a parameter `kernel`: Dense, Conv, DenseGeneral and ours.
+
+    Not where the kernel is standardised first: what is added to it, or multiplied, would be folded in otherwise.
+    """
+    linear = getattr(module, "linear_in_kernel", True)
+    return linear and hasattr(module, "features") and module.has_variable("params", "kernel")
 
 
 def groups(module: nn.Module) -> int:

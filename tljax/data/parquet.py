@@ -35,7 +35,7 @@ def read(fields, path: str) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    place = locate(path, "data", fields.extra)
+    place = locate(path, "data", f"-e '.[{fields.extra}]'" if fields.extra else "")
     files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
     if not files:
         raise UserError(f"no *.parquet files in {place}")

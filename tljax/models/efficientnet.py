@@ -1,72 +1,132 @@
-"""EfficientNet B0-B7 (Tan & Le 2019) and EfficientNet-Lite 0-4 (its variants for mobile processors, 2020).
+"""EfficientNet B0-B7 (Tan & Le 2019), Lite 0-4 (its variants for mobile processors, 2020), V2 S-L (Tan & Le 2021).
 
 Lite leaves out squeeze-excite, has ReLU6 for swish, and scales neither the widths of stem and top nor the
-depths of the first and last group of blocks.
+depths of the first and last group of blocks. The first groups of V2 are of fused blocks.
 """
 
 import dataclasses
 import math
 from typing import NamedTuple
 
-import jax
 from flax import linen as nn
 
-from tljax.models import layers, naming
+from tljax.models import inverted, layers, naming
 from tljax.models.chain import Chain
 
 
-class Block(NamedTuple):
-    """One inverted residual block: kernel size, stride, expansion, output channels."""
+class Group(NamedTuple):
+    """So many blocks: their kernel size, the stride of the first, expansion, output channels, whether fused."""
 
+    repeats: int
     kernel: int
     stride: int
     expand: int
     out: int
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One published network: multipliers of width and depth, training size, dropout before the head."""
+    """One published network: multipliers of width and depth, training size, dropout before the head.
+
+    `same` is TensorFlow's padding; torchvision's V2, padded symmetrically, is another network than TensorFlow's.
+    """
 
     width: float
     depth: float
     size: int
     drop_rate: float
     lite: bool = False
-    groups: tuple[tuple[int, Block], ...] = (
-        (1, Block(3, 1, 1, 16)),
-        (2, Block(3, 2, 6, 24)),
-        (2, Block(5, 2, 6, 40)),
-        (3, Block(3, 2, 6, 80)),
-        (3, Block(5, 1, 6, 112)),
-        (4, Block(5, 2, 6, 192)),
-        (1, Block(3, 1, 6, 320)),
+    groups: tuple[Group, ...] = (
+        Group(1, 3, 1, 1, 16),
+        Group(2, 3, 2, 6, 24),
+        Group(2, 5, 2, 6, 40),
+        Group(3, 3, 2, 6, 80),
+        Group(3, 5, 1, 6, 112),
+        Group(4, 5, 2, 6, 192),
+        Group(1, 3, 1, 6, 320),
     )
     stem: int = 32
     top: int = 1280
+    same: bool = True
+    namings: tuple[str, ...] = ("efficientnet_pytorch",)
+
+    @property
+    def act(self) -> str:
+        """The activation, a function of jax.nn."""
+        return "relu6" if self.lite else "silu"
 
     def scaled(self, channels: int) -> int:
-        """Channels times the width, to the nearest multiple of 8 that does not lose more than a tenth."""
-        wide = channels * self.width
-        nearest = max(8, int(wide + 4) // 8 * 8)
-        return nearest + 8 if nearest < 0.9 * wide else nearest
+        """Channels times the width, to a multiple of 8."""
+        return inverted.rounded(channels * self.width)
 
     def ends(self) -> tuple[int, int]:
         """Channels of the stem and of the top."""
         return (self.stem, self.top) if self.lite else (self.scaled(self.stem), self.scaled(self.top))
 
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[inverted.Block, ...]:
         """All blocks in order, scaled; only the first of a group strides."""
-        found = []
-        for i, (repeats, block) in enumerate(self.groups):
+        found, channels = [], self.ends()[0]
+        for i, (repeats, kernel, stride, expand, out, fused) in enumerate(self.groups):
             if not (self.lite and i in (0, len(self.groups) - 1)):
                 repeats = math.ceil(self.depth * repeats)
-            block = block._replace(out=self.scaled(block.out))
-            found += [block] + [block._replace(stride=1)] * (repeats - 1)
+            for j in range(repeats):
+                # A quarter of the block's input channels, not of the expanded ones.
+                squeezed = 0 if self.lite or fused else max(1, channels // 4)
+                block = inverted.Block(kernel, 1 if j else stride, channels * expand, self.scaled(out), expand != 1)
+                found.append(block._replace(squeezed=squeezed, fused=fused, act=self.act, se_act=self.act))
+                channels = self.scaled(out)
         return tuple(found)
 
 
-VARIANTS = {
+_S = Variant(
+    1.0,
+    1.0,
+    300,
+    0.2,
+    groups=(
+        Group(2, 3, 1, 1, 24, fused=True),
+        Group(4, 3, 2, 4, 48, fused=True),
+        Group(4, 3, 2, 4, 64, fused=True),
+        Group(6, 3, 2, 4, 128),
+        Group(9, 3, 1, 6, 160),
+        Group(15, 3, 2, 6, 256),
+    ),
+    stem=24,
+    namings=("timm",),
+)
+_M = dataclasses.replace(
+    _S,
+    size=384,
+    drop_rate=0.3,
+    groups=(
+        Group(3, 3, 1, 1, 24, fused=True),
+        Group(5, 3, 2, 4, 48, fused=True),
+        Group(5, 3, 2, 4, 80, fused=True),
+        Group(7, 3, 2, 4, 160),
+        Group(14, 3, 1, 6, 176),
+        Group(18, 3, 2, 6, 304),
+        Group(5, 3, 1, 6, 512),
+    ),
+)
+_L = dataclasses.replace(
+    _S,
+    size=384,
+    drop_rate=0.4,
+    groups=(
+        Group(4, 3, 1, 1, 32, fused=True),
+        Group(7, 3, 2, 4, 64, fused=True),
+        Group(7, 3, 2, 4, 96, fused=True),
+        Group(10, 3, 2, 4, 192),
+        Group(19, 3, 1, 6, 224),
+        Group(25, 3, 2, 6, 384),
+        Group(7, 3, 1, 6, 640),
+    ),
+    stem=32,
+)
+_TORCHVISION = {"same": False, "namings": ("torchvision",)}
+
+_V1 = {
     "efficientnet_lite0": Variant(1.0, 1.0, 224, 0.2, lite=True),
     "efficientnet_lite1": Variant(1.0, 1.1, 240, 0.2, lite=True),
     "efficientnet_lite2": Variant(1.1, 1.2, 260, 0.3, lite=True),
@@ -80,71 +140,44 @@ VARIANTS = {
     "efficientnet_b5": Variant(1.6, 2.2, 456, 0.4),
     "efficientnet_b6": Variant(1.8, 2.6, 528, 0.5),
     "efficientnet_b7": Variant(2.0, 3.1, 600, 0.5),
+}
+
+VARIANTS = {
+    **_V1,
+    # In timm the names without tf_ are those of other networks, with the same keys but symmetric padding.
+    **{f"tf_{name}": dataclasses.replace(variant, namings=("timm",)) for name, variant in _V1.items()},
+    # As TensorFlow has them, and as torchvision.
+    **{f"tf_efficientnetv2_{letter}": variant for letter, variant in (("s", _S), ("m", _M), ("l", _L))},
+    **{
+        f"efficientnet_v2_{letter}": dataclasses.replace(variant, **_TORCHVISION)
+        for letter, variant in (("s", _S), ("m", _M), ("l", _L))
+    },
     # Not published: for tests.
     "efficientnet_tiny": Variant(
         1.0,
         1.0,
         32,
         0.2,
-        groups=((1, Block(3, 1, 1, 8)), (2, Block(3, 2, 2, 16)), (1, Block(5, 2, 2, 24))),
+        groups=(Group(1, 3, 1, 1, 8), Group(2, 3, 2, 2, 16), Group(1, 5, 2, 2, 24)),
         stem=8,
         top=32,
+    ),
+    "efficientnetv2_tiny": Variant(
+        1.0,
+        1.0,
+        32,
+        0.2,
+        groups=(Group(1, 3, 1, 1, 8, fused=True), Group(1, 3, 2, 2, 16, fused=True), Group(2, 3, 2, 2, 24)),
+        stem=8,
+        top=32,
+        same=False,
+        namings=("torchvision", "timm"),
     ),
 }
 
 
-class ConvNormAct(nn.Module):
-    """The stem and the top: convolution, normalisation, activation."""
-
-    common: layers.Common
-    act: str
-    features: int
-    size: int = 1
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, in] -> [batch, h, w, features]."""
-        x = layers.Conv(self.common, self.features, self.size, self.stride, name="conv")(x)
-        return getattr(jax.nn, self.act)(layers.norm(self.common, "bn")(x, live))
-
-
-class MBConv(nn.Module):
-    """Inverted residual block (Sandler et al. 2018), with squeeze-excite (Hu et al. 2018) unless `lite`."""
-
-    common: layers.Common
-    block: Block
-    lite: bool
-    drop_path_rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, in] -> [batch, h, w, block.out]."""
-        common, block, inputs, channels = self.common, self.block, x, x.shape[-1]
-        act = jax.nn.relu6 if self.lite else jax.nn.silu
-        wide = channels * block.expand
-        if block.expand != 1:
-            x = layers.Conv(common, wide, name="expand_conv")(x)
-            x = act(layers.norm(common, "bn0")(x, live))
-        x = layers.Conv(common, wide, block.kernel, block.stride, groups=wide, name="depthwise_conv")(x)
-        x = act(layers.norm(common, "bn1")(x, live))
-        if not self.lite:
-            # A quarter of the block's input channels, not of the expanded ones.
-            squeezed = max(1, channels // 4)
-            gate = x.mean((1, 2), keepdims=True)
-            gate = act(layers.Conv(common, squeezed, use_bias=True, name="se_reduce")(gate))
-            x = x * jax.nn.sigmoid(layers.Conv(common, wide, use_bias=True, name="se_expand")(gate))
-        x = layers.Conv(common, block.out, name="project_conv")(x)
-        x = layers.norm(common, "bn2")(x, live)
-        if block.stride == 1 and channels == block.out:
-            if self.drop_path_rate and "/".join(self.path) in live:
-                x = layers.drop(self, x, self.drop_path_rate, common.axis_name, whole=True)
-            x = x + inputs
-        return x
-
-
 class EfficientNet(Chain):
-    """Stages stem, block1, ..., top, head; TensorFlow's SAME padding at the actual input size."""
+    """Stages stem, block1, ..., top, head; TensorFlow's SAME padding at the actual input size, mostly."""
 
     variant: Variant = VARIANTS["efficientnet_b0"]
 
@@ -156,16 +189,15 @@ class EfficientNet(Chain):
     def stage(self, name: str) -> nn.Module:
         """The module of one stage."""
         common = layers.Common(self.dtype, self.param_dtype, self.axis_name, epsilon=1e-3, momentum=0.99)
-        act = "relu6" if self.variant.lite else "silu"
-        stem, top = self.variant.ends()
+        v, (stem, top) = self.variant, self.variant.ends()
         if name == "stem":
-            return ConvNormAct(common, act, stem, size=3, stride=2, name=name)
+            return inverted.ConvNormAct(common, v.act, stem, size=3, stride=2, same=v.same, name=name)
         if name == "top":
-            return ConvNormAct(common, act, top, name=name)
+            return inverted.ConvNormAct(common, v.act, top, name=name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
-        blocks, i = self.variant.blocks(), int(name.removeprefix("block")) - 1
-        return MBConv(common, blocks[i], self.variant.lite, self.drop_path_rate * i / len(blocks), name=name)
+        blocks, i = v.blocks(), int(name.removeprefix("block")) - 1
+        return inverted.MBConv(common, blocks[i], v.same, self.drop_path_rate * i / len(blocks), name=name)
 
 
 def create(name: str, **fields) -> EfficientNet:
@@ -176,21 +208,46 @@ def create(name: str, **fields) -> EfficientNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The table for the state dicts of the packages efficientnet_pytorch and efficientnet_lite_pytorch."""
+    """The tables for the packages efficientnet_pytorch and efficientnet_lite_pytorch, for timm and torchvision."""
+    variant = VARIANTS[name]
+    return {source: _ROWS[source](variant) for source in variant.namings}
+
+
+def _efficientnet_pytorch(v: Variant) -> naming.Table:
     block = r"_blocks\.(\d+)\."
-    rows = [(r"_conv_stem\.weight", "params/stem/conv/kernel", "conv"), *naming.batch_norm("_bn0", "stem/bn")]
+    rows = naming.conv_norm("_conv_stem", "_bn0", "stem")
     for conv in ("expand_conv", "depthwise_conv", "project_conv"):
-        rows.append((rf"{block}_{conv}\.weight", f"params/block{{}}/{conv}/kernel", "conv"))
+        rows += naming.conv(f"{block}_{conv}", f"block{{}}/{conv}", use_bias=False)
     for bn in ("bn0", "bn1", "bn2"):
         rows += naming.batch_norm(f"{block}_{bn}", f"block{{}}/{bn}")
-    if not VARIANTS[name].lite:
+    if not v.lite:
         for conv in ("se_reduce", "se_expand"):
-            rows.append((rf"{block}_{conv}\.weight", f"params/block{{}}/{conv}/kernel", "conv"))
-            rows.append((rf"{block}_{conv}\.bias", f"params/block{{}}/{conv}/bias", "same"))
-    rows += [
-        (r"_conv_head\.weight", "params/top/conv/kernel", "conv"),
-        *naming.batch_norm("_bn1", "top/bn"),
-        (r"_fc\.weight", "params/head/kernel", "linear"),
-        (r"_fc\.bias", "params/head/bias", "same"),
-    ]
-    return {"efficientnet_pytorch": naming.table(rows, number=lambda match: int(match[1]) + 1)}
+            rows += naming.conv(f"{block}_{conv}", f"block{{}}/{conv}")
+    rows += naming.conv_norm("_conv_head", "_bn1", "top") + naming.dense("_fc", "head")
+    return naming.table(rows, number=lambda match: int(match[1]) + 1)
+
+
+def _timm(v: Variant) -> naming.Table:
+    return (
+        *naming.conv_norm("conv_stem", "bn1", "stem"),
+        *inverted.part_rows(r"blocks\.(\d+\.\d+)\.", inverted.timm_places(v.blocks())),
+        *naming.conv_norm("conv_head", "bn2", "top"),
+        *naming.dense("classifier", "head"),
+    )
+
+
+def _torchvision(v: Variant) -> naming.Table:
+    blocks, top = v.blocks(), len(v.groups) + 1
+    stages = {
+        f"{group + 1}.{i}": (f"block{n}", inverted.torchvision_parts(blocks[n - 1]))
+        for n, (group, i) in enumerate(inverted.places(blocks), 1)
+    }
+    return (
+        *naming.conv_norm(r"features\.0\.0", r"features\.0\.1", "stem"),
+        *inverted.part_rows(r"features\.(\d+\.\d+)\.block\.", stages),
+        *naming.conv_norm(rf"features\.{top}\.0", rf"features\.{top}\.1", "top"),
+        *naming.dense(r"classifier\.1", "head"),
+    )
+
+
+_ROWS = {"efficientnet_pytorch": _efficientnet_pytorch, "timm": _timm, "torchvision": _torchvision}

