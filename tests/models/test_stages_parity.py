@@ -69,7 +69,7 @@ def test_the_output_of_every_stage(name, naming):
     expected = torch_zoo.outputs(net, torch_zoo.stages(net, name, naming), reference.torch_order(x))
     assert tuple(expected) == model.stages
     logits = expected["head"]
-    assert np.ptp(logits, axis=0).max() > 0.1 * np.abs(logits).max()  # not the weights alone decide
+    assert np.ptp(logits, axis=0).max() > 0.03 * np.abs(logits).max()  # not the weights alone decide
 
     @jax.jit
     def every(variables, x):

@@ -26,7 +26,7 @@ deform_conv2d(Tensor x) -> Tensor
 _deform_conv2d_backward(Tensor x) -> Tensor
 """
 # Of these a smaller sibling is tested in the fast suite.
-_LARGE = re.compile(r"tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101")
+_LARGE = re.compile(r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101")
 _declared = []  # the declarations last as long as the library object
 
 
@@ -44,7 +44,7 @@ def import_torchvision():
 
 def cases(names):
     """The names, or tuples that begin with one, as pytest's parameters: large networks marked slow."""
-    is_large = lambda case: bool(_LARGE.match(case if isinstance(case, str) else case[0]))
+    is_large = lambda case: bool(_LARGE.search(case if isinstance(case, str) else case[0]))
     every = [(case, case if isinstance(case, tuple) else (case,)) for case in names]
     return [pytest.param(*values, marks=pytest.mark.slow) if is_large(case) else case for case, values in every]
 
