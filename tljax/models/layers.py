@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from tljax.models.depthwise import Pads, depthwise_conv, large_depthwise_conv
+
 Padding = str | int  # "SAME" as in TensorFlow at the actual input size, or so many pixels on each side
-Pads = Sequence[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +52,6 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """Depthwise convolution as a sum over the kernel's taps of shifted x times a weight per channel."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    (kh, kw), (batch, height, width, channels) = kernel.shape[:2], x.shape
-    last_row, last_column = (height - kh) // stride * stride, (width - kw) // stride * stride
-    total = None
-    for row in range(kh):
-        for column in range(kw):
-            shifted = lax.slice(
-                x,
-                (0, row, column, 0),
-                (batch, row + last_row + 1, column + last_column + 1, channels),
-                (1, stride, stride, 1),
-            )
-            # Up to 25 terms: added in float32 whatever the compute dtype, as a convolution would.
-            term = shifted.astype(jnp.float32) * kernel[row, column, 0].astype(jnp.float32)
-            total = term if total is None else total + term
-    return total.astype(x.dtype)
-
-
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = "SAME", groups: int = 1):
     """Convolution in the form that suits the backend. x: [batch, height, width, in] -> [batch, h, w, out]."""
     size = kernel.shape[:2]
@@ -83,7 +64,8 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding 
     if size == (1, 1) and groups == 1 and not any(map(any, pads)):
         cpu = lambda x, kernel: pointwise_conv(x, kernel, stride)
     elif groups == x.shape[-1] == kernel.shape[-1]:
-        cpu = lambda x, kernel: depthwise_conv(x, kernel, stride, pads)
+        form = large_depthwise_conv if stride == 1 and min(size) >= 7 else depthwise_conv
+        cpu = lambda x, kernel: form(x, kernel, stride, pads)
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
@@ -218,6 +200,17 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + c.epsilon)
         return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype)
+
+
+class PooledNorm(LayerNorm):
+    """Layer normalisation of the mean over all positions but the first `prefix`, which are of no patch."""
+
+    prefix: int = 0
+
+    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
+        """x: [batch, ..., channels] -> [batch, channels]."""
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return super().__call__(x[:, self.prefix :].astype(jnp.float32).mean(1), live)
 
 
 class RMSNorm(nn.Module):
