@@ -19,6 +19,7 @@ SIZES = {
     "resnet50": 75,
     "vit_mini": 32,
     "vit_tiny_patch16": 224,
+    "convnext_mini": 70,
 }
 CLASSES = 10
 

@@ -11,7 +11,8 @@ from flax import traverse_util
 from tljax import models
 from tljax.errors import UserError
 
-TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini"]
+TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini"]
+BATCHNORM = ("efficientnet", "resnet")  # families
 CLASSES = 5
 
 
@@ -43,15 +44,14 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    is_vit = name.startswith("vit")
-    assert model.stages[0] == ("embed" if is_vit else "stem")
+    assert model.stages[0] == ("embed" if name.startswith("vit") else "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
         f"block{i}" for i in range(1, sum(s.startswith("block") for s in model.stages) + 1)
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    assert bool(stats) == (name != "groupnorm_tiny" and not is_vit)
+    assert bool(stats) == name.startswith(BATCHNORM)
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
     assert models.input_size(name) == model.size
 
@@ -72,6 +72,10 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("vit_base_patch16", 86.57),
         ("vit_large_patch16", 304.33),
         ("vit_huge_patch14", 632.05),
+        ("convnext_tiny", 28.59),
+        ("convnext_small", 50.22),
+        ("convnext_base", 88.59),
+        ("convnext_large", 197.77),
     ],
 )
 def test_parameter_counts(name, millions):

@@ -8,7 +8,15 @@ from flax import traverse_util
 
 from tljax import models, weights
 
-RANDOM = ["efficientnet_b0", "efficientnet_lite1", "resnet18", "resnet50", "vit_mini", "vit_tiny_patch16"]
+RANDOM = [
+    "efficientnet_b0",
+    "efficientnet_lite1",
+    "resnet18",
+    "resnet50",
+    "vit_mini",
+    "vit_tiny_patch16",
+    "convnext_mini",
+]
 
 
 def test_files_are_small():

@@ -22,6 +22,7 @@ SIZES = {
     "resnet50": 75,
     "vit_mini": 32,
     "vit_tiny_patch16": 224,
+    "convnext_mini": 70,
 }
 LARGE = {
     "efficientnet_lite2": 65,
@@ -41,7 +42,12 @@ LARGE = {
     "vit_medium_patch16_gap": 64,
     "vit_small_patch14_dinov2": 56,
     "vit_small_patch14_reg4_dinov2": 56,
+    "convnext_tiny": 224,
+    "convnext_small": 64,
+    "convnext_base": 64,
+    "convnext_large": 64,
 }
+WITHOUT_REFERENCE = ("efficientnet_tiny", "resnet_tiny", "groupnorm_tiny")
 
 
 def ours(name, source, **fields):
@@ -88,13 +94,14 @@ def test_logits_of_real_weights():
         ("efficientnet_b0", 1e-3),
         ("resnet18", 1e-2),
         ("vit_mini", 1e-4),
+        ("convnext_mini", 1e-4),
         pytest.param("resnet50", 1e-2, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_statistics(name, tolerance):
     """A training step's gradient of every leaf, and the statistics it leaves behind, with all norms live."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
-    size, batch = 32 if name == "vit_mini" else 64, 6
+    size, batch = 32 if name.endswith("_mini") else 64, 6
     fields = {"dropout_rate": 0.0, "drop_connect_rate": 0.0} if name.startswith("efficientnet") else {}
     net = reference.model(name, CLASSES, size, **fields)
     model, variables = ours(name, reference.state_dict(net, size), drop_rate=0.0, drop_path_rate=0.0)
@@ -129,7 +136,7 @@ def test_gradients_and_statistics(name, tolerance):
             reference.assert_close(value, after[path], 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in models.names() if not name.endswith("_tiny")])
+@pytest.mark.parametrize("name", [name for name in models.names() if name not in WITHOUT_REFERENCE])
 def test_conversion_covers_every_tensor(name):
     """Each tensor of each reference matches one row; together they fill each leaf once, in its shape."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)

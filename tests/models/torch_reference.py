@@ -5,6 +5,7 @@ import re
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -55,6 +56,8 @@ def model(name: str, classes: int, size: int, **fields):
         net = getattr(import_torchvision().models, name)(num_classes=classes)
     elif name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
+    elif name.startswith("convnext"):
+        net = timm_convnext(name, num_classes=classes, **fields)
     else:
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
@@ -77,6 +80,15 @@ def timm_vit(name: str, **fields):
         name, fields = name.removesuffix("_mae"), {"global_pool": "avg", **fields}
     if not name.endswith("dinov2"):
         name += "_256" if name.endswith("gap") else "_224"
+    return timm.create_model(name, **fields)
+
+
+def timm_convnext(name: str, **fields):
+    """timm's ConvNeXt that is our model `name`, untrained; skips where timm is not installed."""
+    import_torchvision()
+    timm = pytest.importorskip("timm", reason=EXTRA)
+    if name == "convnext_mini":
+        return timm.models.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), **fields)
     return timm.create_model(name, **fields)
 
 
@@ -109,7 +121,8 @@ def fill(net) -> None:
 
     net.load_state_dict(
         {
-            key: torch.zeros_like(old) if "num_batches" in key else torch.from_numpy(draw(key, old.shape))
+            # Whole numbers are counts of batches, still zero, and indices.
+            key: torch.from_numpy(draw(key, old.shape)) if old.is_floating_point() else old
             for key, old in net.state_dict().items()
         }
     )
@@ -185,6 +198,7 @@ TRANSFORMS = {
     "linear": lambda a: np.transpose(a),
     "same": lambda a: a,
     "squeezed": lambda a: np.squeeze(a),
+    "flat": lambda a: np.ravel(a),
 }
 
 
@@ -211,3 +225,30 @@ def assert_close(got, expected, tolerance: float = 1e-4):
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def stages_of(net, modules: dict[str, str], x: np.ndarray) -> dict[str, np.ndarray]:
+    """{stage: its output for images x} of a reference. modules: {stage: name of the module whose output that is}."""
+    found, hooks = {}, []
+    for stage, name in modules.items():
+        save = lambda module, inputs, output, stage=stage: found.__setitem__(stage, output.detach().numpy())
+        hooks.append(net.get_submodule(name).register_forward_hook(save))
+    net(torch_order(x))
+    for hook in hooks:
+        hook.remove()
+    return {stage: found[stage] for stage in modules}
+
+
+def assert_stages(expected: dict[str, np.ndarray], model, state, x: np.ndarray, tolerance: float = 1e-4):
+    """Our model's output of every stage, each applied to that of the stage before, is the one expected."""
+    assert tuple(expected) == model.stages
+
+    @jax.jit
+    def every(state, x):
+        found = {}
+        for stage, after in zip(model.stages, (*model.stages[1:], None)):
+            x = found[stage] = model.apply(state, x, start=stage, stop=after)
+        return found
+
+    for stage, got in every(state, x).items():
+        assert_close(got, expected[stage], tolerance)

@@ -2,7 +2,8 @@
 
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
-tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same", "squeezed" (without leading axes of one).
+tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same", "squeezed" (without leading axes of one),
+"flat" (all axes as one).
 """
 
 import re
@@ -24,6 +25,22 @@ def table(rows: Sequence[Row], number: Callable[[re.Match], int]) -> Table:
         return lambda match: target.format(number(match))
 
     return tuple((pattern, filled(target), transform) for pattern, target, transform in rows)
+
+
+def number_of(depths: Sequence[int], level: int, match: re.Match) -> int:
+    """The number through all levels of the block that the match's second group counts, from 0, within a level.
+
+    Without a second group it is that of the level's first block. depths: the number of blocks of each level.
+    """
+    return sum(depths[:level]) + (int(match[2]) if match.re.groups > 1 else 0) + 1
+
+
+def conv(source: str, target: str) -> list[Row]:
+    """The two rows of a PyTorch convolution with a bias."""
+    return [
+        (rf"{source}\.weight", f"params/{target}/kernel", "conv"),
+        (rf"{source}\.bias", f"params/{target}/bias", "same"),
+    ]
 
 
 def batch_norm(source: str, target: str) -> list[Row]:

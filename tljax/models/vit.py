@@ -167,16 +167,6 @@ class Block(nn.Module):
         return x
 
 
-class PooledNorm(layers.LayerNorm):
-    """Layer normalisation of the mean of the patches."""
-
-    prefix: int = 0
-
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, tokens, width] -> [batch, width]."""
-        return super().__call__(x[:, self.prefix :].astype(jnp.float32).mean(1), live)
-
-
 class ViT(Chain):
     """Stages embed, block1, ..., norm, head; between them [batch, tokens, width]."""
 
@@ -196,7 +186,7 @@ class ViT(Chain):
         if name == "embed":
             return Embed(common, v, name=name)
         if name == "norm":
-            return PooledNorm(common, v.prefix, name=name) if v.fc_norm else layers.norm(common, name)
+            return layers.PooledNorm(common, v.prefix, name=name) if v.fc_norm else layers.norm(common, name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         i = int(name.removeprefix("block")) - 1

@@ -9,6 +9,7 @@ first row whose regular expression matches a whole name in the file decides. The
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
@@ -32,11 +33,12 @@ AXES: dict[str, tuple[int, ...] | None] = {
 
 
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
+FLAT = "flat"  # all axes as one: [channels, 1, 1] -> [channels]
 
 
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv", "linear" or "squeezed"."""
-    if name == SQUEEZED:
+    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed" or "flat"."""
+    if name in (SQUEEZED, FLAT):
         return array.reshape(_transformed(array.shape, name))
     axes = AXES[name]
     return array if axes is None else np.transpose(array, axes)
@@ -195,6 +197,8 @@ def fit(
 def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
     if how == SQUEEZED:
         return tuple(itertools.dropwhile(lambda length: length == 1, shape))
+    if how == FLAT:
+        return (math.prod(shape),)
     axes = AXES[how]
     if axes is None:
         return shape
