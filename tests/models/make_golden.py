@@ -20,6 +20,7 @@ SIZES = {
     "vit_mini": 32,
     "vit_tiny_patch16": 224,
     "convnext_mini": 70,
+    "densenet_mini": 70,
 }
 CLASSES = 10
 

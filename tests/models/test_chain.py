@@ -11,8 +11,8 @@ from flax import traverse_util
 from tljax import models
 from tljax.errors import UserError
 
-TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini"]
-BATCHNORM = ("efficientnet", "resnet")  # families
+TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini", "densenet_mini"]
+BATCHNORM = ("densenet", "efficientnet", "resnet")  # families
 CLASSES = 5
 
 
@@ -76,6 +76,10 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("convnext_small", 50.22),
         ("convnext_base", 88.59),
         ("convnext_large", 197.77),
+        ("densenet121", 7.98),
+        ("densenet161", 28.68),
+        ("densenet169", 14.15),
+        ("densenet201", 20.01),
     ],
 )
 def test_parameter_counts(name, millions):
@@ -90,6 +94,8 @@ def test_unknown_names():
         models.input_size("vgg")
     with pytest.raises(UserError, match=r"drop_rte.*nearest: drop_rate"):
         models.create("resnet_tiny", 3, drop_rte=0.1)
+    with pytest.raises(UserError, match=r"drop_path_rate=0\.1: densenet121 has no residual branches"):
+        models.create("densenet121", 3, drop_path_rate=0.1)
     model, variables, x = made("resnet_tiny")
     with pytest.raises(UserError, match="unknown stage 'block9'"):
         model.apply(variables, x, start="block9")
@@ -132,7 +138,7 @@ def test_parts_apply_with_their_own_stages_only(name):
     np.testing.assert_allclose(train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny"])
+@pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny", "densenet_mini"])
 def test_only_live_norms_use_and_move_statistics(name):
     model, variables, x = made(name)
     live = frozenset(path for path in norms(variables) if path.startswith(model.stages[-3] + "/"))

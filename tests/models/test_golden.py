@@ -16,6 +16,7 @@ RANDOM = [
     "vit_mini",
     "vit_tiny_patch16",
     "convnext_mini",
+    "densenet_mini",
 ]
 
 

@@ -23,6 +23,7 @@ SIZES = {
     "vit_mini": 32,
     "vit_tiny_patch16": 224,
     "convnext_mini": 70,
+    "densenet_mini": 70,
 }
 LARGE = {
     "efficientnet_lite2": 65,
@@ -46,6 +47,10 @@ LARGE = {
     "convnext_small": 64,
     "convnext_base": 64,
     "convnext_large": 64,
+    "densenet121": 224,
+    "densenet161": 75,
+    "densenet169": 75,
+    "densenet201": 75,
 }
 WITHOUT_REFERENCE = ("efficientnet_tiny", "resnet_tiny", "groupnorm_tiny")
 
@@ -95,6 +100,7 @@ def test_logits_of_real_weights():
         ("resnet18", 1e-2),
         ("vit_mini", 1e-4),
         ("convnext_mini", 1e-4),
+        ("densenet_mini", 1e-2),
         pytest.param("resnet50", 1e-2, marks=pytest.mark.slow),
     ],
 )

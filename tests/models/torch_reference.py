@@ -58,6 +58,14 @@ def model(name: str, classes: int, size: int, **fields):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
     elif name.startswith("convnext"):
         net = timm_convnext(name, num_classes=classes, **fields)
+    elif name.startswith("densenet"):
+        module = import_torchvision().models
+        mini = {"growth_rate": 8, "block_config": (2, 3, 2), "num_init_features": 16}
+        net = (
+            module.DenseNet(**mini, num_classes=classes)
+            if "mini" in name
+            else getattr(module, name)(num_classes=classes)
+        )
     else:
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
