@@ -21,6 +21,7 @@ SIZES = {
     "vit_tiny_patch16": 224,
     "convnext_mini": 70,
     "densenet_mini": 70,
+    "swin_mini": 32,
 }
 CLASSES = 10
 

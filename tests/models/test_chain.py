@@ -11,7 +11,7 @@ from flax import traverse_util
 from tljax import models
 from tljax.errors import UserError
 
-TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini", "densenet_mini"]
+TINY = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini", "densenet_mini", "swin_mini"]
 BATCHNORM = ("densenet", "efficientnet", "resnet")  # families
 CLASSES = 5
 
@@ -44,7 +44,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    assert model.stages[0] == ("embed" if name.startswith("vit") else "stem")
+    assert model.stages[0] == ("embed" if name.startswith(("vit", "swin")) else "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
         f"block{i}" for i in range(1, sum(s.startswith("block") for s in model.stages) + 1)
@@ -80,6 +80,10 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("densenet161", 28.68),
         ("densenet169", 14.15),
         ("densenet201", 20.01),
+        ("swin_tiny", 28.29),
+        ("swin_small", 49.61),
+        ("swin_base", 87.77),
+        ("swin_large", 196.53),
     ],
 )
 def test_parameter_counts(name, millions):

@@ -17,6 +17,7 @@ RANDOM = [
     "vit_tiny_patch16",
     "convnext_mini",
     "densenet_mini",
+    "swin_mini",
 ]
 
 

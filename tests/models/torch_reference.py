@@ -56,16 +56,10 @@ def model(name: str, classes: int, size: int, **fields):
         net = getattr(import_torchvision().models, name)(num_classes=classes)
     elif name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
-    elif name.startswith("convnext"):
-        net = timm_convnext(name, num_classes=classes, **fields)
-    elif name.startswith("densenet"):
-        module = import_torchvision().models
-        mini = {"growth_rate": 8, "block_config": (2, 3, 2), "num_init_features": 16}
-        net = (
-            module.DenseNet(**mini, num_classes=classes)
-            if "mini" in name
-            else getattr(module, name)(num_classes=classes)
-        )
+    elif name.startswith(("convnext", "densenet", "swin")):
+        import torch_levels
+
+        net = torch_levels.model(name, classes, size, **fields)
     else:
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
@@ -88,15 +82,6 @@ def timm_vit(name: str, **fields):
         name, fields = name.removesuffix("_mae"), {"global_pool": "avg", **fields}
     if not name.endswith("dinov2"):
         name += "_256" if name.endswith("gap") else "_224"
-    return timm.create_model(name, **fields)
-
-
-def timm_convnext(name: str, **fields):
-    """timm's ConvNeXt that is our model `name`, untrained; skips where timm is not installed."""
-    import_torchvision()
-    timm = pytest.importorskip("timm", reason=EXTRA)
-    if name == "convnext_mini":
-        return timm.models.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), **fields)
     return timm.create_model(name, **fields)
 
 
@@ -206,7 +191,7 @@ TRANSFORMS = {
     "linear": lambda a: np.transpose(a),
     "same": lambda a: a,
     "squeezed": lambda a: np.squeeze(a),
-    "flat": lambda a: np.ravel(a),
+    "vector": lambda a: np.ravel(a),
 }
 
 

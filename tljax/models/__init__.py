@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from tljax import errors
-from tljax.models import convnext, densenet, efficientnet, naming, resnet, vit
+from tljax.models import convnext, densenet, efficientnet, naming, resnet, swin, vit
 from tljax.models.chain import Chain
 
 __all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "positions", "shapes"]
 
-_FAMILIES = (convnext, densenet, efficientnet, resnet, vit)
+_FAMILIES = (convnext, densenet, efficientnet, resnet, swin, vit)
 _COLLECTIONS = ("params", "batch_stats")
 
 

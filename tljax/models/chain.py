@@ -50,8 +50,12 @@ class Chain(nn.Module):
         raise NotImplementedError
 
     def pool(self, x: jax.Array) -> jax.Array:
-        """Between the last body stage and the head: [batch, h, w, features] -> [batch, features], float32."""
-        return x.astype(jnp.float32).mean((1, 2))
+        """Between the last body stage and the head: [batch, h, w, features] -> [batch, features], float32.
+
+        What that stage has pooled already stays.
+        """
+        x = x.astype(jnp.float32)
+        return x if x.ndim == 2 else x.mean((1, 2))
 
     @nn.compact
     def __call__(

@@ -103,10 +103,6 @@ class ConvNeXt(Chain):
         drop_path_rate = self.drop_path_rate * i / max(len(blocks) - 1, 1)
         return Block(common, *blocks[i], self.variant.layer_scale, drop_path_rate, name=name)
 
-    def pool(self, x: jax.Array) -> jax.Array:
-        """Nothing is left to do: [batch, features], pooled before the norm."""
-        return x.astype("float32")
-
 
 def create(name: str, **fields) -> ConvNeXt:
     """The network called `name`; without `fields` it drops nothing."""
@@ -142,7 +138,7 @@ def _rows(stem, down, block, dw, norm, fc1, fc2, gamma, last, head) -> list[nami
         *naming.affine(block + norm, "block{}/norm"),
         *naming.dense(block + fc1, "block{}/mlp/fc1"),
         *naming.dense(block + fc2, "block{}/mlp/fc2"),
-        (block + gamma, "params/block{}/layer_scale/gamma", "flat"),
+        (block + gamma, "params/block{}/layer_scale/gamma", "vector"),
         *naming.affine(last, "norm"),
         *naming.dense(head, "head"),
     ]

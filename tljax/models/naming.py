@@ -3,7 +3,7 @@
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
 tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "same", "squeezed" (without leading axes of one),
-"flat" (all axes as one).
+"vector" (all axes as one).
 """
 
 import re
@@ -35,14 +35,6 @@ def number_of(depths: Sequence[int], level: int, match: re.Match) -> int:
     return sum(depths[:level]) + (int(match[2]) if match.re.groups > 1 else 0) + 1
 
 
-def conv(source: str, target: str) -> list[Row]:
-    """The two rows of a PyTorch convolution with a bias."""
-    return [
-        (rf"{source}\.weight", f"params/{target}/kernel", "conv"),
-        (rf"{source}\.bias", f"params/{target}/bias", "same"),
-    ]
-
-
 def batch_norm(source: str, target: str) -> list[Row]:
     """The five rows of a PyTorch BatchNorm; its count of batches serves nothing here."""
     return [
@@ -60,6 +52,12 @@ def affine(source: str, target: str) -> list[Row]:
         (rf"{source}\.weight", f"params/{target}/scale", "same"),
         (rf"{source}\.bias", f"params/{target}/bias", "same"),
     ]
+
+
+def conv(source: str, target: str, use_bias: bool = True) -> list[Row]:
+    """The rows of a PyTorch convolution."""
+    rows: list[Row] = [(rf"{source}\.weight", f"params/{target}/kernel", "conv")]
+    return rows + [(rf"{source}\.bias", f"params/{target}/bias", "same")] * use_bias
 
 
 def dense(source: str, *targets: str, weight: str = r"\.weight", bias: str = r"\.bias") -> list[Row]:

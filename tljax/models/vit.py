@@ -103,19 +103,20 @@ class Attention(nn.Module):
     qkv_bias: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [batch, tokens, width] -> [batch, tokens, width]."""
-        c, (batch, tokens, width) = self.common, x.shape
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x: [..., tokens, width] -> the same; bias: added to the scores [..., heads, queries, keys]."""
+        c, (*outer, tokens, width) = self.common, x.shape
 
-        def project(name):  # -> [batch, heads, tokens, width / heads]
-            split = layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(batch, tokens, self.heads, -1)
-            return split.swapaxes(1, 2)
+        def project(name):  # -> [..., heads, tokens, width / heads]
+            split = layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(*outer, tokens, self.heads, -1)
+            return split.swapaxes(-3, -2)
 
         query, key, value = map(project, ("query", "key", "value"))
         query = query * (width // self.heads) ** -0.5
-        scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+        scores = jnp.matmul(query, key.swapaxes(-2, -1), preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias
         x = jax.nn.softmax(scores).astype(c.dtype) @ value
-        return layers.Dense(c, width, name="out")(x.swapaxes(1, 2).reshape(batch, tokens, width))
+        return layers.Dense(c, width, name="out")(x.swapaxes(-3, -2).reshape(*outer, tokens, width))
 
 
 class MLP(nn.Module):

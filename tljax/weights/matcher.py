@@ -33,12 +33,12 @@ AXES: dict[str, tuple[int, ...] | None] = {
 
 
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
-FLAT = "flat"  # all axes as one: [channels, 1, 1] -> [channels]
+VECTOR = "vector"  # all axes as one: [channels, 1, 1] -> [channels]
 
 
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed" or "flat"."""
-    if name in (SQUEEZED, FLAT):
+    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed" or "vector"."""
+    if name in (SQUEEZED, VECTOR):
         return array.reshape(_transformed(array.shape, name))
     axes = AXES[name]
     return array if axes is None else np.transpose(array, axes)
@@ -197,7 +197,7 @@ def fit(
 def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
     if how == SQUEEZED:
         return tuple(itertools.dropwhile(lambda length: length == 1, shape))
-    if how == FLAT:
+    if how == VECTOR:
         return (math.prod(shape),)
     axes = AXES[how]
     if axes is None:
