@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from tljax import models
@@ -140,6 +141,21 @@ def test_parts_apply_with_their_own_stages_only(name):
     whole, _ = train(model, variables, x, live=frozenset())
     before, _ = train(model, variables, x, live=frozenset(), stop=middle)
     np.testing.assert_allclose(train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_module_is_called_once(name):
+    """An adapter around a module's `__call__` would else be at work twice."""
+    model, variables, x = made(name)
+    paths = []
+
+    def count(call, args, kwargs, context):
+        paths.extend([context.module.path] * (context.method_name == "__call__"))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(model.apply, variables, x)
+    assert len(paths) == len(set(paths)) > len(model.stages)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny", "densenet_mini"])

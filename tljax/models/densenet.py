@@ -84,14 +84,6 @@ class Transition(nn.Module):
         return nn.avg_pool(x, (2, 2), (2, 2))
 
 
-class NormReLU(layers.BatchNorm):
-    """Batch normalisation and ReLU."""
-
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, channels]."""
-        return jax.nn.relu(super().__call__(x, live))
-
-
 class DenseNet(Chain):
     """Stages as in `Variant.stages`; a dense layer concatenates to its input, so each is a function of one array."""
 
@@ -108,10 +100,14 @@ class DenseNet(Chain):
         if name == "stem":
             return Stem(common, 2 * growth, name=name)
         if name == "norm":
-            return NormReLU(common, name=name)
+            return layers.norm(common, name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         return Transition(common, name=name) if name.startswith("transition") else DenseLayer(common, growth, name=name)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """ReLU, and the mean over the image: [batch, h, w, features] -> [batch, features], float32."""
+        return super().pool(jax.nn.relu(x))
 
 
 def create(name: str, **fields) -> DenseNet:

@@ -194,23 +194,29 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [..., channels]."""
-        c, channels = self.common, x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, channels, c.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, channels, c.param_dtype)
-        x = x.astype(jnp.float32)
-        x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + c.epsilon)
-        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype)
+        return _layer_norm(self, x)
 
 
-class PooledNorm(LayerNorm):
+def _layer_norm(module: nn.Module, x: jax.Array) -> jax.Array:
+    c, channels = module.common, x.shape[-1:]
+    scale = module.param("scale", nn.initializers.ones, channels, c.param_dtype)
+    bias = module.param("bias", nn.initializers.zeros, channels, c.param_dtype)
+    x = x.astype(jnp.float32)
+    x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + c.epsilon)
+    return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype)
+
+
+class PooledNorm(nn.Module):
     """Layer normalisation of the mean over all positions but the first `prefix`, which are of no patch."""
 
+    common: Common
     prefix: int = 0
 
+    @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [batch, ..., channels] -> [batch, channels]."""
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        return super().__call__(x[:, self.prefix :].astype(jnp.float32).mean(1), live)
+        return _layer_norm(self, x[:, self.prefix :].astype(jnp.float32).mean(1))
 
 
 class RMSNorm(nn.Module):

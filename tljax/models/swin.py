@@ -111,7 +111,7 @@ class WindowAttention(Attention):
         if any(shifts):
             x = jnp.roll(x, [-shift for shift in shifts], (1, 2))
             bias = bias + shift_mask(*padded, w, shifts)[:, None]
-        x = super().__call__(partition(x, w), bias)
+        x = self.attend(partition(x, w), bias)
         x = x.reshape(batch, padded[0] // w, padded[1] // w, w, w, channels).swapaxes(2, 3)
         x = jnp.roll(x.reshape(batch, *padded, channels), shifts, (1, 2))
         return x[:, :height, :width]

@@ -102,8 +102,12 @@ class Attention(nn.Module):
     heads: int
     qkv_bias: bool
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., tokens, width] -> the same."""
+        return self.attend(x)
+
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    def attend(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x: [..., tokens, width] -> the same; bias: added to the scores [..., heads, queries, keys]."""
         c, (*outer, tokens, width) = self.common, x.shape
 
