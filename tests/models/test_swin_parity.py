@@ -1,5 +1,6 @@
 """Swin: each stage against timm, images that windows do not fill against torchvision, and the files of four sources."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from tljax import models, plan, weights
+from tljax.errors import UserError
 from tljax.models import swin
 
 CLASSES = 10
@@ -82,6 +84,26 @@ def test_tables_of_positions_do_not_decay():
     table = next(leaf for leaf in plan.build([("**", 1)], shapes).leaves if leaf.path == "block1/attn/position_bias")
     assert table.shape == (7**2, 2)
     assert not table.decay
+
+
+@pytest.mark.parametrize("window", [2, 6])
+def test_tables_of_positions_are_resized_for_other_windows(window, tmp_path):
+    """As TinyViT does, whose function timm has; timm's other two, for Swin, interpolate otherwise."""
+    net = reference.model("swin_mini", CLASSES, 32)
+    from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_levit
+    from torch import from_numpy
+
+    arrays = reference.state_dict(net, 32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    model = models.create("swin_mini", CLASSES)
+    shapes = models.shapes(model.clone(variant=dataclasses.replace(MINI, window=window)))
+    with pytest.raises(UserError, match=r"misshaped: block1/attn/position_bias \(49×2.*resize='\*\*/position_bias'$"):
+        weights.load(str(tmp_path / "model.safetensors"), "swin_mini", shapes)
+    loaded = weights.load(str(tmp_path / "model.safetensors"), "swin_mini", shapes, resize=("**/position_bias",))
+    assert len(loaded.report.resized) == 4
+    table = from_numpy(arrays["layers.1.blocks.0.attn.relative_position_bias_table"])
+    expected = resize_rel_pos_bias_table_levit(table, ((2 * window - 1) ** 2, 4)).numpy()
+    reference.assert_close(loaded.params["block3"]["attn"]["position_bias"], expected, 1e-5)
 
 
 def assert_loads(arrays, naming, path, expected, x):

@@ -180,6 +180,11 @@ def create(name: str, **fields) -> Swin:
     return Swin(variant=variant, **{"size": variant.size, **fields})
 
 
+def positions(name: str) -> dict[str, int]:
+    """The tables of relative positions, which can be resized for windows of another size; all are of tokens."""
+    return {f"block{i}/attn/position_bias": 0 for i in range(1, sum(VARIANTS[name].depths) + 1)}
+
+
 def conversion(name: str) -> dict[str, naming.Table]:
     """The tables for state dicts of timm, torchvision, Hugging Face transformers and the authors (microsoft)."""
     depths = VARIANTS[name].depths

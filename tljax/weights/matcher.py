@@ -240,7 +240,9 @@ def mismatch(
     stages = list(dict.fromkeys(path_of(leaf).split("/")[0] for leaf in known))
     hint = f"; to start it afresh: reset={stages[0]!r}" if len(stages) == 1 and not strange else ""
     if not strange and set(known) <= set(resizable):
-        hint = f"; to resize it: resize={path_of(known[0])!r}" if known else ""
+        last = {path_of(leaf).split("/")[-1] for leaf in known}
+        several = f"; to resize them: resize={'**/' + min(last)!r}" if len(last) == 1 and len(known) > 1 else ""
+        hint = several or (f"; to resize it: resize={path_of(known[0])!r}" if known else "")
     return UserError(f"{file} does not fit {model} ({naming} naming): {'; '.join(parts)}{hint}")
 
 
