@@ -71,7 +71,7 @@ def test_large_depthwise_form_agrees(height, width, pads):
     """Both gradients, also one alone; images smaller than the kernel, too."""
     pads = [(pads, pads)] * 2
     x, k = drawn(5, (2, height, width, 6), (3, 3, 1, 6))
-    ours = lambda x, k: layers.large_depthwise_conv(x, k, 1, pads)
+    ours = lambda x, k: layers.large_depthwise_conv(x, k, pads)
     plain = lambda x, k: layers.plain_conv(x, k, 1, pads, 6)
     (g,) = drawn(6, plain(x, k).shape)
     np.testing.assert_allclose(ours(x, k), plain(x, k), rtol=0, atol=1e-4)

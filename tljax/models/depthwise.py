@@ -31,23 +31,28 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> 
     return total.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def large_depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+def large_depthwise_conv(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """`depthwise_conv` of stride 1 whose gradients compile and run several times faster where the kernel is large.
 
     The transposed sum has a term a tap, and XLA computes its operands anew for each. Instead the gradient of x is
     a convolution itself, with the kernel turned round, and that of the kernel a loop over the kernel's rows.
     """
-    return depthwise_conv(x, kernel, stride, pads)
+    # As a function of its own it is traced and lowered once for all blocks of a shape: there are dozens of terms.
+    return _traced_once(x, kernel, tuple(map(tuple, pads)))
 
 
-def _forward(x, kernel, stride, pads):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _large(x, kernel, pads):
+    return depthwise_conv(x, kernel, 1, pads)
+
+
+def _forward(x, kernel, pads):
     # What is not differentiated has no gradient, not one that is thrown away: the other operand is not kept.
     kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
-    return depthwise_conv(x.value, kernel.value, stride, pads), kept
+    return depthwise_conv(x.value, kernel.value, 1, pads), kept
 
 
-def _backward(stride, pads, kept, g):
+def _backward(pads, kept, g):
     x, kernel = kept
     if isinstance(g, SymbolicZero):
         return None, None
@@ -68,4 +73,5 @@ def _backward(stride, pads, kept, g):
     return of_x, of_kernel
 
 
-large_depthwise_conv.defvjp(_forward, _backward, symbolic_zeros=True)
+_large.defvjp(_forward, _backward, symbolic_zeros=True)
+_traced_once = jax.jit(_large, static_argnums=2)

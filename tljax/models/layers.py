@@ -64,8 +64,9 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding 
     if size == (1, 1) and groups == 1 and not any(map(any, pads)):
         cpu = lambda x, kernel: pointwise_conv(x, kernel, stride)
     elif groups == x.shape[-1] == kernel.shape[-1]:
-        form = large_depthwise_conv if stride == 1 and min(size) >= 7 else depthwise_conv
-        cpu = lambda x, kernel: form(x, kernel, stride, pads)
+        cpu = lambda x, kernel: depthwise_conv(x, kernel, stride, pads)
+        if stride == 1 and min(size) >= 7:
+            cpu = lambda x, kernel: large_depthwise_conv(x, kernel, pads)
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
