@@ -110,6 +110,16 @@ def test_unknown_names():
         models.initialise(model, jax.random.key(0), only=["params/head/kernal"])
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "where"),
+    [("convnext_mini", 31, "1×1 before 'block5'"), ("densenet_mini", 8, "1×1 before 'transition2'")],
+)
+def test_an_image_of_which_nothing_is_left(name, size, where):
+    """The mean of no pixels would be no number."""
+    with pytest.raises(UserError, match=f"the image is too small for this network: {where} halves it"):
+        models.shapes(models.create(name, 3), size)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_runs_in_part_compose(name):
     model, variables, x = made(name)

@@ -68,9 +68,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, in] -> [batch, h, w, features]."""
+        """x: [batch, height, width, in] -> [batch, h, w, features]; raises UserError for an image too small."""
         c, n = self.common, self.features
         if self.downsample:
+            layers.check_halves(x, self.name)
             x = conv(c, n, 2, 2, "downsample_conv")(layers.norm(c, "downsample_norm")(x, live))
         branch = conv(c, n, 7, 1, "depthwise_conv", padding=3, groups=n)(x)
         branch = MLP(c, name="mlp")(layers.norm(c, "norm")(branch, live))

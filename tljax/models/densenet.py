@@ -77,7 +77,8 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, in] -> [batch, height / 2, width / 2, in / 2]."""
+        """x: [batch, height, width, in] -> [batch, height / 2, width / 2, in / 2]; raises UserError if too small."""
+        layers.check_halves(x, self.name)
         features = x.shape[-1] // 2
         x = jax.nn.relu(layers.norm(self.common, "norm")(x, live))
         x = layers.Conv(self.common, features, padding=0, name="conv")(x)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from tljax.errors import UserError
 from tljax.models.depthwise import Pads, depthwise_conv, large_depthwise_conv
 
 Padding = str | int  # "SAME" as in TensorFlow at the actual input size, or so many pixels on each side
@@ -70,6 +71,14 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding 
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
+
+
+def check_halves(x: jax.Array, stage: str) -> None:
+    """Raises UserError where nothing would be left of an image [batch, height, width, channels] that is halved."""
+    if min(x.shape[1:3]) < 2:
+        raise UserError(
+            f"the image is too small for this network: {x.shape[1]}×{x.shape[2]} before {stage!r} halves it"
+        )
 
 
 def normal(key: jax.Array, shape: Sequence[int], dtype, scale: float) -> jax.Array:
