@@ -134,10 +134,10 @@ OWN = ["frozen()", "partial(last=1)", "full()", "surgical('block1')", "biases_on
        "layerwise_decay(0.7)", "first(rules(('**/bn*', 0)), partial(last=2))"]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini"])
+@pytest.mark.parametrize("model", ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "convnext_mini"])
 @pytest.mark.parametrize("strategy", OWN)
 def test_the_own_step_forms_no_gradient_of_a_frozen_leaf(model, strategy):
-    strategy = strategy.replace("**/bn*", "**/{bn1,norm1}")  # a name that all have
+    strategy = strategy.replace("**/bn*", "**/{bn1,norm1,downsample_norm}")  # a name that all have
     step, *rest = own_step(model, strategy)
     assert lines(step, *rest[1:], plan=rest[0]) == ""
 

@@ -137,7 +137,17 @@ def test_what_is_chosen_by_name(text, expected):
     assert {leaf.path for leaf in plan.trainable} == {*expected, "head/kernel", "head/bias"}
 
 
-NETWORKS = ["efficientnet_tiny", "resnet_tiny", "groupnorm_tiny", "vit_mini", "efficientnet_b0", "resnet50"]
+NETWORKS = [
+    "efficientnet_tiny",
+    "resnet_tiny",
+    "groupnorm_tiny",
+    "vit_mini",
+    "convnext_mini",
+    "densenet_mini",
+    "swin_mini",
+    "efficientnet_b0",
+    "resnet50",
+]
 
 
 @pytest.mark.parametrize("model", NETWORKS)

@@ -26,6 +26,9 @@ SIZES = {
     "resnext_tiny": 45,
     "resnetv2_tiny": 45,
     "inception_tiny": 96,
+    "convnext_mini": 70,
+    "densenet_mini": 70,
+    "swin_mini": 32,
 }
 CLASSES = 10
 

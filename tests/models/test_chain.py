@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_zoo
+from flax import linen as nn
 from flax import traverse_util
 
 from tljax import models
@@ -21,6 +22,9 @@ TINY = [
     "resnetv2_tiny",
     "vgg_bn_tiny",
     "vit_mini",
+    "convnext_mini",
+    "densenet_mini",
+    "swin_mini",
 ]
 CLASSES = 5
 
@@ -53,7 +57,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    first = {"vit": "embed", "vgg": "block1"}
+    first = {"vit": "embed", "swi": "embed", "vgg": "block1"}
     assert model.stages[0] == first.get(name[:3], "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
@@ -61,7 +65,8 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    without = name.startswith(("vit", "groupnorm", "resnetv2")) or (name.startswith("vgg") and "bn" not in name)
+    families = ("vit", "swin", "convnext", "groupnorm", "resnetv2")
+    without = name.startswith(families) or (name.startswith("vgg") and "bn" not in name)
     assert bool(stats) != without
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
     assert models.input_size(name) == model.size
@@ -101,6 +106,18 @@ def test_params_are_keyed_by_the_stages_in_order(name):
         ("vit_base_patch16", 86.57),
         ("vit_large_patch16", 304.33),
         ("vit_huge_patch14", 632.05),
+        ("convnext_tiny", 28.59),
+        ("convnext_small", 50.22),
+        ("convnext_base", 88.59),
+        ("convnext_large", 197.77),
+        ("densenet121", 7.98),
+        ("densenet161", 28.68),
+        ("densenet169", 14.15),
+        ("densenet201", 20.01),
+        ("swin_tiny", 28.29),
+        ("swin_small", 49.61),
+        ("swin_base", 87.77),
+        ("swin_large", 196.53),
     ],
 )
 def test_parameter_counts(name, millions):
@@ -115,6 +132,8 @@ def test_unknown_names():
         models.input_size("vgg")
     with pytest.raises(UserError, match=r"drop_rte.*nearest: drop_rate"):
         models.create("resnet_tiny", 3, drop_rte=0.1)
+    with pytest.raises(UserError, match=r"drop_path_rate=0\.1: densenet121 has no residual branches"):
+        models.create("densenet121", 3, drop_path_rate=0.1)
     model, variables, x = made("resnet_tiny")
     with pytest.raises(UserError, match="unknown stage 'block9'"):
         model.apply(variables, x, start="block9")
@@ -122,6 +141,16 @@ def test_unknown_names():
         model.apply(variables, x, stop="heads")
     with pytest.raises(UserError, match=r"unknown leaf 'params/head/kernal'.*params/head/kernel"):
         models.initialise(model, jax.random.key(0), only=["params/head/kernal"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "where"),
+    [("convnext_mini", 31, "1×1 before 'block5'"), ("densenet_mini", 8, "1×1 before 'transition2'")],
+)
+def test_an_image_of_which_nothing_is_left(name, size, where):
+    """The mean of no pixels would be no number."""
+    with pytest.raises(UserError, match=f"the image is too small for this network: {where} halves it"):
+        models.shapes(models.create(name, 3), size)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -157,7 +186,22 @@ def test_parts_apply_with_their_own_stages_only(name):
     np.testing.assert_allclose(train(model, rest, before, live=frozenset(), start=middle)[0], whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny"])
+@pytest.mark.parametrize("name", TINY)
+def test_every_module_is_called_once(name):
+    """An adapter around a module's `__call__` would else be at work twice."""
+    model, variables, x = made(name)
+    paths = []
+
+    def count(call, args, kwargs, context):
+        paths.extend([context.module.path] * (context.method_name == "__call__"))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(model.apply, variables, x)
+    assert len(paths) == len(set(paths)) > len(model.stages)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_tiny", "resnet_tiny", "densenet_mini"])
 def test_only_live_norms_use_and_move_statistics(name):
     model, variables, x = made(name)
     live = frozenset(path for path in norms(variables) if path.startswith(model.stages[-3] + "/"))

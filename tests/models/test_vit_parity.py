@@ -34,18 +34,7 @@ def stages_of(net, x):
 
 
 def assert_stages(net, model, state, x):
-    expected = stages_of(net, reference.torch_order(x))
-    assert tuple(expected) == model.stages
-
-    @jax.jit
-    def every(state, x):
-        found = {}
-        for stage, after in zip(model.stages, (*model.stages[1:], None)):
-            x = found[stage] = model.apply(state, x, start=stage, stop=after)
-        return found
-
-    for stage, got in every(state, x).items():
-        reference.assert_close(got, expected[stage], 1e-4)
+    reference.assert_stages(stages_of(net, reference.torch_order(x)), model, state, x)
 
 
 @pytest.mark.parametrize(("name", "size"), [("vit_mini", 32), ("vit_tiny_patch16", 224)])

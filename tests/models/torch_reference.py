@@ -4,6 +4,7 @@ import re
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch_zoo
@@ -30,6 +31,10 @@ def model(name: str, classes: int, size: int, naming: str = "", **fields):
     naming = naming or next(iter(models.conversion(name)))
     if name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
+    elif name.startswith(("convnext", "densenet", "swin")):
+        import torch_levels
+
+        net = torch_levels.model(name, classes, size, **fields)
     elif naming == "efficientnet_pytorch":
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
         package = pytest.importorskip(package, reason=EXTRA)
@@ -89,7 +94,8 @@ def fill(net) -> None:
 
     net.load_state_dict(
         {
-            key: torch.zeros_like(old) if "num_batches" in key else torch.from_numpy(draw(key, old.shape))
+            # Whole numbers are counts of batches, still zero, and indices.
+            key: torch.from_numpy(draw(key, old.shape)) if old.is_floating_point() else old
             for key, old in net.state_dict().items()
         }
     )
@@ -166,6 +172,7 @@ TRANSFORMS = {
     "same": lambda a: a,
     "squeezed": lambda a: np.squeeze(a),
     "flat": lambda a: np.stack([one.ravel() for one in a], axis=-1),
+    "vector": lambda a: np.ravel(a),
 }
 
 
@@ -192,3 +199,30 @@ def assert_close(got, expected, tolerance: float = 1e-4):
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def stages_of(net, modules: dict[str, str], x: np.ndarray) -> dict[str, np.ndarray]:
+    """{stage: its output for images x} of a reference. modules: {stage: name of the module whose output that is}."""
+    found, hooks = {}, []
+    for stage, name in modules.items():
+        save = lambda module, inputs, output, stage=stage: found.__setitem__(stage, output.detach().numpy())
+        hooks.append(net.get_submodule(name).register_forward_hook(save))
+    net(torch_order(x))
+    for hook in hooks:
+        hook.remove()
+    return {stage: found[stage] for stage in modules}
+
+
+def assert_stages(expected: dict[str, np.ndarray], model, state, x: np.ndarray, tolerance: float = 1e-4):
+    """Our model's output of every stage, each applied to that of the stage before, is the one expected."""
+    assert tuple(expected) == model.stages
+
+    @jax.jit
+    def every(state, x):
+        found = {}
+        for stage, after in zip(model.stages, (*model.stages[1:], None)):
+            x = found[stage] = model.apply(state, x, start=stage, stop=after)
+        return found
+
+    for stage, got in every(state, x).items():
+        assert_close(got, expected[stage], tolerance)

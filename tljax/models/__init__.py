@@ -7,12 +7,24 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from tljax import errors
-from tljax.models import efficientnet, inception, mobilenet, naming, resnet, resnetv2, vgg, vit
+from tljax.models import (
+    convnext,
+    densenet,
+    efficientnet,
+    inception,
+    mobilenet,
+    naming,
+    resnet,
+    resnetv2,
+    swin,
+    vgg,
+    vit,
+)
 from tljax.models.chain import Chain
 
 __all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "positions", "shapes"]
 
-_FAMILIES = (efficientnet, inception, mobilenet, resnet, resnetv2, vgg, vit)
+_FAMILIES = (convnext, densenet, efficientnet, inception, mobilenet, resnet, resnetv2, swin, vgg, vit)
 _COLLECTIONS = ("params", "batch_stats")
 
 

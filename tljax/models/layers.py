@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from tljax.errors import UserError
+from tljax.models.depthwise import Pads, depthwise_conv, large_depthwise_conv
+
 # "SAME" as in TensorFlow at the actual input size, or so many pixels on each side, of height and width if two.
 Padding = str | int | tuple[int, int]
-Pads = Sequence[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +56,6 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """Depthwise convolution as a sum over the kernel's taps of shifted x times a weight per channel."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    (kh, kw), (batch, height, width, channels) = kernel.shape[:2], x.shape
-    last_row, last_column = (height - kh) // stride * stride, (width - kw) // stride * stride
-    total = None
-    for row in range(kh):
-        for column in range(kw):
-            shifted = lax.slice(
-                x,
-                (0, row, column, 0),
-                (batch, row + last_row + 1, column + last_column + 1, channels),
-                (1, stride, stride, 1),
-            )
-            # Up to 25 terms: added in float32 whatever the compute dtype, as a convolution would.
-            term = shifted.astype(jnp.float32) * kernel[row, column, 0].astype(jnp.float32)
-            total = term if total is None else total + term
-    return total.astype(x.dtype)
-
-
 def grouped_conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int) -> jax.Array:
     """Convolution in groups as ordinary ones side by side, of about 32 channels each, zero between the groups."""
     size, (per_group, out) = kernel.shape[:2], (kernel.shape[2], kernel.shape[3] // groups)
@@ -97,11 +79,21 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding 
         cpu = lambda x, kernel: pointwise_conv(x, kernel, stride)
     elif groups == x.shape[-1] == kernel.shape[-1]:
         cpu = lambda x, kernel: depthwise_conv(x, kernel, stride, pads)
+        if stride == 1 and min(size) >= 7:
+            cpu = lambda x, kernel: large_depthwise_conv(x, kernel, pads)
     elif groups > 1:
         cpu = lambda x, kernel: grouped_conv(x, kernel, stride, pads, groups)
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
+
+
+def check_halves(x: jax.Array, stage: str) -> None:
+    """Raises UserError where nothing would be left of an image [batch, height, width, channels] that is halved."""
+    if min(x.shape[1:3]) < 2:
+        raise UserError(
+            f"the image is too small for this network: {x.shape[1]}×{x.shape[2]} before {stage!r} halves it"
+        )
 
 
 def normal(key: jax.Array, shape: Sequence[int], dtype, scale: float) -> jax.Array:
@@ -233,12 +225,29 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [..., channels]."""
-        c, channels = self.common, x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, channels, c.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, channels, c.param_dtype)
-        x = x.astype(jnp.float32)
-        x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + c.epsilon)
-        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype)
+        return _layer_norm(self, x)
+
+
+def _layer_norm(module: nn.Module, x: jax.Array) -> jax.Array:
+    c, channels = module.common, x.shape[-1:]
+    scale = module.param("scale", nn.initializers.ones, channels, c.param_dtype)
+    bias = module.param("bias", nn.initializers.zeros, channels, c.param_dtype)
+    x = x.astype(jnp.float32)
+    x = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + c.epsilon)
+    return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype)
+
+
+class PooledNorm(nn.Module):
+    """Layer normalisation of the mean over all positions but the first `prefix`, which are of no patch."""
+
+    common: Common
+    prefix: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
+        """x: [batch, ..., channels] -> [batch, channels]."""
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return _layer_norm(self, x[:, self.prefix :].astype(jnp.float32).mean(1))
 
 
 class RMSNorm(nn.Module):

@@ -3,7 +3,7 @@
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
 tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat" (a convolution over the whole image, OIHW,
-to a linear map of its flattened values), "same", "squeezed" (without leading axes of one).
+to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), "vector" (all axes as one).
 """
 
 import re
@@ -25,6 +25,14 @@ def table(rows: Sequence[Row], number: Callable[[re.Match], int | str]) -> Table
         return lambda match: target.format(number(match))
 
     return tuple((pattern, filled(target), transform) for pattern, target, transform in rows)
+
+
+def number_of(depths: Sequence[int], level: int, match: re.Match) -> int:
+    """The number through all levels of the block that the match's second group counts, from 0, within a level.
+
+    Without a second group it is that of the level's first block. depths: the number of blocks of each level.
+    """
+    return sum(depths[:level]) + (int(match[2]) if match.re.groups > 1 else 0) + 1
 
 
 def batch_norm(source: str, target: str) -> list[Row]:

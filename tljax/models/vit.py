@@ -102,20 +102,25 @@ class Attention(nn.Module):
     heads: int
     qkv_bias: bool
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [batch, tokens, width] -> [batch, tokens, width]."""
-        c, (batch, tokens, width) = self.common, x.shape
+        """x: [..., tokens, width] -> the same."""
+        return self.attend(x)
 
-        def project(name):  # -> [batch, heads, tokens, width / heads]
-            split = layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(batch, tokens, self.heads, -1)
-            return split.swapaxes(1, 2)
+    @nn.compact
+    def attend(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x: [..., tokens, width] -> the same; bias: added to the scores [..., heads, queries, keys]."""
+        c, (*outer, tokens, width) = self.common, x.shape
+
+        def project(name):  # -> [..., heads, tokens, width / heads]
+            split = layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(*outer, tokens, self.heads, -1)
+            return split.swapaxes(-3, -2)
 
         query, key, value = map(project, ("query", "key", "value"))
         query = query * (width // self.heads) ** -0.5
-        scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+        scores = jnp.matmul(query, key.swapaxes(-2, -1), preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias
         x = jax.nn.softmax(scores).astype(c.dtype) @ value
-        return layers.Dense(c, width, name="out")(x.swapaxes(1, 2).reshape(batch, tokens, width))
+        return layers.Dense(c, width, name="out")(x.swapaxes(-3, -2).reshape(*outer, tokens, width))
 
 
 class MLP(nn.Module):
@@ -167,16 +172,6 @@ class Block(nn.Module):
         return x
 
 
-class PooledNorm(layers.LayerNorm):
-    """Layer normalisation of the mean of the patches."""
-
-    prefix: int = 0
-
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, tokens, width] -> [batch, width]."""
-        return super().__call__(x[:, self.prefix :].astype(jnp.float32).mean(1), live)
-
-
 class ViT(Chain):
     """Stages embed, block1, ..., norm, head; between them [batch, tokens, width]."""
 
@@ -196,7 +191,7 @@ class ViT(Chain):
         if name == "embed":
             return Embed(common, v, name=name)
         if name == "norm":
-            return PooledNorm(common, v.prefix, name=name) if v.fc_norm else layers.norm(common, name)
+            return layers.PooledNorm(common, v.prefix, name=name) if v.fc_norm else layers.norm(common, name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         i = int(name.removeprefix("block")) - 1

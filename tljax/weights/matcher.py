@@ -34,11 +34,12 @@ AXES: dict[str, tuple[int, ...] | None] = {
 
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
 FLAT = "flat"  # a convolution as wide as the image as a linear map: [out, in, height, width] -> [in * h * w, out]
+VECTOR = "vector"  # all axes as one: [channels, 1, 1] -> [channels]
 
 
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed" or "flat"."""
-    if name == SQUEEZED:
+    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed", "vector" or "flat"."""
+    if name in (SQUEEZED, VECTOR):
         return array.reshape(_transformed(array.shape, name))
     if name == FLAT:
         return array.reshape(len(array), -1).T
@@ -201,6 +202,8 @@ def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
         return tuple(itertools.dropwhile(lambda length: length == 1, shape))
     if how == FLAT:
         return (math.prod(shape[1:]), shape[0]) if len(shape) == 4 else None
+    if how == VECTOR:
+        return (math.prod(shape),)
     axes = AXES[how]
     if axes is None:
         return shape
@@ -242,7 +245,9 @@ def mismatch(
     stages = list(dict.fromkeys(path_of(leaf).split("/")[0] for leaf in known))
     hint = f"; to start it afresh: reset={stages[0]!r}" if len(stages) == 1 and not strange else ""
     if not strange and set(known) <= set(resizable):
-        hint = f"; to resize it: resize={path_of(known[0])!r}" if known else ""
+        last = {path_of(leaf).split("/")[-1] for leaf in known}
+        several = f"; to resize them: resize={'**/' + min(last)!r}" if len(last) == 1 and len(known) > 1 else ""
+        hint = several or (f"; to resize it: resize={path_of(known[0])!r}" if known else "")
     return UserError(f"{file} does not fit {model} ({naming} naming): {'; '.join(parts)}{hint}")
 
 
