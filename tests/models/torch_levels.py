@@ -1,15 +1,13 @@
 """The PyTorch references of the networks in levels (ConvNeXt, DenseNet, Swin), untrained."""
 
-import pytest
-import torch_reference as reference
+from torch_zoo import import_timm, import_torchvision
 
 from tljax.models import convnext, densenet, swin
 
 
 def model(name: str, classes: int, size: int, **fields):
     """The reference of our model `name`; skips where it is not installed."""
-    torchvision = reference.import_torchvision()
-    timm = pytest.importorskip("timm", reason=reference.EXTRA)
+    torchvision, timm = import_torchvision(), import_timm()
     fields |= {"num_classes": classes}
     if name == "convnext_mini":
         variant = convnext.VARIANTS[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch_levels
 import torch_zoo
 from torch_zoo import EXTRA, import_torchvision
 
@@ -32,8 +33,6 @@ def model(name: str, classes: int, size: int, naming: str = "", **fields):
     if name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
     elif name.startswith(("convnext", "densenet", "swin")):
-        import torch_levels
-
         net = torch_levels.model(name, classes, size, **fields)
     elif naming == "efficientnet_pytorch":
         package = "efficientnet_lite_pytorch" if "lite" in name else "efficientnet_pytorch"
@@ -171,8 +170,8 @@ TRANSFORMS = {
     "linear": lambda a: np.transpose(a),
     "same": lambda a: a,
     "squeezed": lambda a: np.squeeze(a),
-    "flat": lambda a: np.stack([one.ravel() for one in a], axis=-1),
     "vector": lambda a: np.ravel(a),
+    "flat": lambda a: np.stack([one.ravel() for one in a], axis=-1),
 }
 
 
@@ -205,7 +204,7 @@ def stages_of(net, modules: dict[str, str], x: np.ndarray) -> dict[str, np.ndarr
     """{stage: its output for images x} of a reference. modules: {stage: name of the module whose output that is}."""
     found, hooks = {}, []
     for stage, name in modules.items():
-        save = lambda module, inputs, output, stage=stage: found.__setitem__(stage, output.detach().numpy())
+        save = lambda module, inputs, output, stage=stage: found.__setitem__(stage, output.detach().clone().numpy())
         hooks.append(net.get_submodule(name).register_forward_hook(save))
     net(torch_order(x))
     for hook in hooks:

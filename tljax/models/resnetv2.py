@@ -91,14 +91,6 @@ class Block(nn.Module):
         return x + inputs
 
 
-class FinalNorm(layers.GroupNorm):
-    """Group normalisation and ReLU."""
-
-    def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
-        """x: [batch, height, width, channels]."""
-        return jax.nn.relu(super().__call__(x, live))
-
-
 class ResNetV2(Chain):
     """Stages stem, block1, ..., norm, head, the blocks numbered through all layers; symmetric padding."""
 
@@ -116,11 +108,15 @@ class ResNetV2(Chain):
         if name == "stem":
             return Stem(common, v.stem * v.factor, name=name)
         if name == "norm":
-            return FinalNorm(common, name=name)
+            return layers.norm(common, name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         blocks, i = v.blocks(), int(name.removeprefix("block")) - 1
         return Block(common, *blocks[i], self.drop_path_rate * i / len(blocks), name=name)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """ReLU, and the mean over the image: [batch, h, w, features] -> [batch, features], float32."""
+        return super().pool(jax.nn.relu(x))
 
 
 def create(name: str, **fields) -> ResNetV2:
