@@ -5,19 +5,18 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import matcher
+from tljax.weights import lazy, matcher
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
+from tljax.weights.readers import SUFFIXES, read
 
 __all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
 
 # Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
 _OTHER_MODEL = 0.05
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +70,6 @@ def _input_size(model_name: str) -> int:
     return models.input_size(model_name)
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The tensors of a .pth or safetensors file (told by content), by name. Raises UserError, one line."""
-    from tljax.weights import pth, safetensors
-
-    path = Path(path)
-    if path.suffix == ".safetensors" or safetensors.looks_like(path):
-        return safetensors.read(path)
-    return pth.read(path)
-
-
 def load(
     spec: str | Card,
     model_name: str,
@@ -105,7 +94,7 @@ def load(
         files.check(found.sha256, path)
     arrays = read(path)
     naming, table = _table(found, model_name, list(arrays))
-    names = {name: array.shape for name, array in arrays.items()}
+    names = lazy.shapes(arrays)
     resizable = _resizable(model_name)
     resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
     result = matcher.fit(names, table, leaves, reset, resize)
@@ -135,9 +124,10 @@ def num_classes(spec: str | Card, model_name: str) -> int:
     arrays = read(path)
     _, table = _table(found, model_name, list(arrays))
     two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
-    pairs = matcher.fit({name: array.shape for name, array in arrays.items()}, table, {k: () for k in three}).pairs
+    names = lazy.shapes(arrays)
+    pairs = matcher.fit(names, table, {k: () for k in three}).pairs
     for leaf, (name, part) in pairs.items():
-        shape = part.shape(arrays[name].shape)
+        shape = part.shape(names[name])
         for axis, (a, b) in enumerate(zip(two[leaf].shape, three[leaf].shape)):
             if a != b and shape and len(shape) == len(three[leaf].shape):
                 return shape[axis]
