@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import lazy, matcher
+from tljax.weights import lazy, matcher, readers
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
@@ -42,7 +42,7 @@ def card(spec: str, model_name: str = "") -> Card:
     for known in CARDS.values():
         if known.source == spec:
             return known
-    content = files.digest(_file(spec, spec))
+    content = files.digest(*readers.files(_file(spec, spec)))
     for known in CARDS.values():
         if known.sha256 == content:
             return dataclasses.replace(known, source=spec)
@@ -51,15 +51,19 @@ def card(spec: str, model_name: str = "") -> Card:
 
 def _is_path(spec: str) -> bool:
     """Whether `spec` names a file, and not an entry of the catalogue."""
-    return spec.startswith(("package:", "file:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.isfile(spec)
+    return spec.startswith(("package:", "file:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
 
 
 def _file(source: str, name: str) -> Path:
     package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
     path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
-    if path.is_dir():
-        raise UserError(f"weights {name!r}: {path} is a directory, not a file")
-    return path
+    if not path.is_dir():
+        return path
+    held = readers.inside(path)
+    if held is None:
+        names = errors.listing([*readers.NAMES, "*.index.json", "model.json"])
+        raise UserError(f"weights {name!r}: {path} is a directory, not a file, and holds none of {names}")
+    return held
 
 
 def _input_size(model_name: str) -> int:
@@ -91,7 +95,7 @@ def load(
     check(found, model_name, leaves, reset, resize)
     path = _file(found.source, found.name)
     if found.sha256:
-        files.check(found.sha256, path)
+        files.check(found.sha256, *readers.files(path))
     arrays = read(path)
     naming, table = _table(found, model_name, list(arrays))
     names = lazy.shapes(arrays)

@@ -21,16 +21,6 @@ _DAMAGED = (ValueError, TypeError, LookupError, OverflowError, EOFError, SyntaxE
 _DAMAGED = (*_DAMAGED, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError)
 
 
-def looks_like(path: str | os.PathLike) -> bool:
-    """Whether the file is a zip archive of which every member is an array (a PyTorch file has a data.pkl)."""
-    try:
-        with zipfile.ZipFile(path) as opened:
-            names = opened.namelist()
-    except _DAMAGED:
-        return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
-
-
 def read(path: str | os.PathLike) -> Arrays:
     """The arrays in `path` by key, each read when asked for: np.savez memory-mapped, np.savez_compressed unpacked.
 
