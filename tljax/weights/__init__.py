@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import lazy, matcher, readers
+from tljax.weights import lazy, matcher, parts, readers
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
@@ -30,7 +30,7 @@ class Loaded:
 
 
 def card(spec: str, model_name: str = "") -> Card:
-    """The card of a catalogue name, of a model's name (its first card), a file or a path.
+    """The card of a catalogue name, of a model's name (its first card), a file, a path or "hf:org/name".
 
     A file with the content of one of the catalogue's has that card. For any other the usual preprocessing of
     `model_name` is assumed, and `note` says so. Raises UserError for an unknown name or a missing file.
@@ -51,19 +51,33 @@ def card(spec: str, model_name: str = "") -> Card:
 
 def _is_path(spec: str) -> bool:
     """Whether `spec` names a file, and not an entry of the catalogue."""
-    return spec.startswith(("package:", "file:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
+    return (
+        spec.startswith(("package:", "file:", "hf:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
+    )
 
 
 def _file(source: str, name: str) -> Path:
+    if source.startswith("hf:") and not source.startswith("hf://"):
+        from tljax.weights import hub
+
+        return hub.locate(source, f"weights {name!r}")
     package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
     path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
     if not path.is_dir():
+        _fetch_shards(source, path, name)
         return path
     held = readers.inside(path)
     if held is None:
         names = errors.listing([*readers.NAMES, "*.index.json", "model.json"])
         raise UserError(f"weights {name!r}: {path} is a directory, not a file, and holds none of {names}")
     return held
+
+
+def _fetch_shards(source: str, path: Path, name: str) -> None:
+    """Copies what the local copy of a far index names to the place beside it."""
+    if "://" in source and not source.startswith("file:") and readers.is_index(path):
+        for shard in parts.names(path):
+            files.locate(f"{source.rpartition('/')[0]}/{shard}", f"weights {name!r}")
 
 
 def _input_size(model_name: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tljax.errors import UserError, listing
+from tljax.weights import parts
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".npz", ".h5", ".json")
 # The files of a folder that stand for it, the first that is there.
@@ -22,7 +23,7 @@ def read(path: str | Path) -> Mapping[str, np.ndarray]:
     Formats: PyTorch's (.pth, .bin), safetensors and its index of shards, .npz, Keras' HDF5, the model.json of
     TensorFlow.js. Raises UserError, one line.
     """
-    from tljax.weights import hdf5, npz, parts, pth, safetensors
+    from tljax.weights import hdf5, npz, pth, safetensors
 
     path = Path(path)
     kind = _kind(path)
@@ -39,11 +40,14 @@ def _shard(path: Path) -> Mapping[str, np.ndarray]:
 
 def files(path: Path) -> list[Path]:
     """All files that hold what `path` stands for: itself, and the shards of an index. Raises UserError."""
-    from tljax.weights import parts
-
     if _kind(path) != "json":
         return [path]
     return [path, *parts.shards(path)]
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file is JSON that names the files with the arrays. Raises UserError where it cannot be read."""
+    return _kind(path) == "json"
 
 
 def inside(folder: Path) -> Path | None:
