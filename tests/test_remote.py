@@ -120,6 +120,11 @@ def test_half_a_copy_is_none(tmp_path):
     STORE.short = 1
     assert error_of(source) == f"weights: {source} cannot be read (OSError: 6 bytes came, expected 7)"
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    STORE.short = 0
+    files.locate(source, "weights")
+    put("bucket/w.bin", b"changed!")
+    STORE.short = 1
+    assert "7 bytes came, expected 8" in error_of(source)  # what was there before is no longer what is asked for
 
 
 def test_sources_that_are_not_there():

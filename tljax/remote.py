@@ -12,7 +12,7 @@ from tljax.errors import UserError
 
 
 def copied(source: str, what: str) -> Path:
-    """A local copy of the file at `source`, made anew where that has changed since or the copy itself has.
+    """A local copy of the file at `source`, made anew where the length or time of that or the copy itself has changed.
 
     Copies of a folder's files lie in one folder, under $XDG_CACHE_HOME/tljax/files. Where `source` cannot be reached
     the copy serves. Raises UserError, which begins with `what`.
@@ -34,22 +34,26 @@ def copied(source: str, what: str) -> Path:
     record = _record(near)
     try:
         stat = far.stat()
-        if stat.is_directory:
-            raise UserError(f"{what}: {source} is a folder: name a file in it")
-        state = {"source": source, "length": int(stat.length), "mtime": float(stat.mtime)}
-        if record.items() >= state.items():
-            return near
-        _copy(far, near, state)
-    except UserError:
-        raise
     except FileNotFoundError:
         raise UserError(f"{what}: {source} does not exist") from None
     except Exception as error:  # every store's library has errors of its own
         if record.get("source") == source:
             return near
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{what}: {source} cannot be read ({detail})") from None
+        raise _unreadable(source, what, error) from None
+    if stat.is_directory:
+        raise UserError(f"{what}: {source} is a folder: name a file in it")
+    state = {"source": source, "length": stat.length, "mtime": stat.mtime}
+    if not record.items() >= state.items():
+        try:
+            _copy(far, near, state)
+        except Exception as error:
+            raise _unreadable(source, what, error) from None
     return near
+
+
+def _unreadable(source: str, what: str, error: Exception) -> UserError:
+    detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{what}: {source} cannot be read ({detail})")
 
 
 def _beside(near: Path) -> Path:
