@@ -12,7 +12,7 @@ from tljax.errors import UserError
 
 
 def copied(source: str, what: str) -> Path:
-    """A local copy of the file at `source`, made anew where the length or time of that or the copy itself has changed.
+    """A local copy of the file at `source`, made anew where the length or time there, or the copy, has changed.
 
     Copies of a folder's files lie in one folder, under $XDG_CACHE_HOME/tljax/files. Where `source` cannot be reached
     the copy serves. Raises UserError, which begins with `what`.
