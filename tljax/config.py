@@ -24,7 +24,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
 
-    config.weights = model  # a catalogue name, a file, or "" for random weights
+    config.weights = model  # a catalogue name, a file, "hf:org/name", or "" for random weights
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
     config.resize = ()  # paths that are resized to fit (position embeddings)
 

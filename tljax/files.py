@@ -8,7 +8,7 @@ from tljax.errors import UserError
 
 
 def locate(source: str, what: str, install: str = "") -> Path:
-    """The file or folder of "package:<package>/<path within>", "file:<path>" or a path.
+    """The file or folder of "package:<package>/<path within>", "file:<path>" or a path; of "gs://…" a local copy.
 
     Raises UserError, which begins with `what`, where there is none; `install` is what to give to
     `pip install` for the package, by default its name.
@@ -27,6 +27,10 @@ def locate(source: str, what: str, install: str = "") -> Path:
         if not path.exists():
             raise UserError(f"{what}: the package {package} is installed but holds no {inside}")
         return path
+    if "://" in source and not source.startswith("file:"):
+        from tljax import remote
+
+        return remote.copied(source, what)
     path = Path(source.removeprefix("file:")).expanduser()
     if not path.exists():
         raise UserError(f"{what}: {path} does not exist")

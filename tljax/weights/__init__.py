@@ -5,19 +5,18 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import matcher
+from tljax.weights import lazy, matcher, parts, readers
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
+from tljax.weights.readers import SUFFIXES, read
 
 __all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
 
 # Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
 _OTHER_MODEL = 0.05
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Loaded:
 
 
 def card(spec: str, model_name: str = "") -> Card:
-    """The card of a catalogue name, of a model's name (its first card), a file or a path.
+    """The card of a catalogue name, of a model's name (its first card), a file, a path or "hf:org/name".
 
     A file with the content of one of the catalogue's has that card. For any other the usual preprocessing of
     `model_name` is assumed, and `note` says so. Raises UserError for an unknown name or a missing file.
@@ -43,7 +42,7 @@ def card(spec: str, model_name: str = "") -> Card:
     for known in CARDS.values():
         if known.source == spec:
             return known
-    content = files.digest(_file(spec, spec))
+    content = files.digest(*readers.files(_file(spec, spec)))
     for known in CARDS.values():
         if known.sha256 == content:
             return dataclasses.replace(known, source=spec)
@@ -52,15 +51,33 @@ def card(spec: str, model_name: str = "") -> Card:
 
 def _is_path(spec: str) -> bool:
     """Whether `spec` names a file, and not an entry of the catalogue."""
-    return spec.startswith(("package:", "file:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.isfile(spec)
+    return (
+        spec.startswith(("package:", "file:", "hf:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
+    )
 
 
 def _file(source: str, name: str) -> Path:
+    if source.startswith("hf:") and not source.startswith("hf://"):
+        from tljax.weights import hub
+
+        return hub.locate(source, f"weights {name!r}")
     package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
     path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
-    if path.is_dir():
-        raise UserError(f"weights {name!r}: {path} is a directory, not a file")
-    return path
+    if not path.is_dir():
+        _fetch_shards(source, path, name)
+        return path
+    held = readers.inside(path)
+    if held is None:
+        names = errors.listing([*readers.NAMES, "*.index.json", "model.json"])
+        raise UserError(f"weights {name!r}: {path} is a directory, not a file, and holds none of {names}")
+    return held
+
+
+def _fetch_shards(source: str, path: Path, name: str) -> None:
+    """Copies what the local copy of a far index names to the place beside it."""
+    if "://" in source and not source.startswith("file:") and readers.is_index(path):
+        for shard in parts.names(path):
+            files.locate(f"{source.rpartition('/')[0]}/{shard}", f"weights {name!r}")
 
 
 def _input_size(model_name: str) -> int:
@@ -69,16 +86,6 @@ def _input_size(model_name: str) -> int:
     from tljax import models
 
     return models.input_size(model_name)
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The tensors of a .pth or safetensors file (told by content), by name. Raises UserError, one line."""
-    from tljax.weights import pth, safetensors
-
-    path = Path(path)
-    if path.suffix == ".safetensors" or safetensors.looks_like(path):
-        return safetensors.read(path)
-    return pth.read(path)
 
 
 def load(
@@ -102,10 +109,10 @@ def load(
     check(found, model_name, leaves, reset, resize)
     path = _file(found.source, found.name)
     if found.sha256:
-        files.check(found.sha256, path)
+        files.check(found.sha256, *readers.files(path))
     arrays = read(path)
     naming, table = _table(found, model_name, list(arrays))
-    names = {name: array.shape for name, array in arrays.items()}
+    names = lazy.shapes(arrays)
     resizable = _resizable(model_name)
     resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
     result = matcher.fit(names, table, leaves, reset, resize)
@@ -135,9 +142,10 @@ def num_classes(spec: str | Card, model_name: str) -> int:
     arrays = read(path)
     _, table = _table(found, model_name, list(arrays))
     two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
-    pairs = matcher.fit({name: array.shape for name, array in arrays.items()}, table, {k: () for k in three}).pairs
+    names = lazy.shapes(arrays)
+    pairs = matcher.fit(names, table, {k: () for k in three}).pairs
     for leaf, (name, part) in pairs.items():
-        shape = part.shape(arrays[name].shape)
+        shape = part.shape(names[name])
         for axis, (a, b) in enumerate(zip(two[leaf].shape, three[leaf].shape)):
             if a != b and shape and len(shape) == len(three[leaf].shape):
                 return shape[axis]

@@ -12,7 +12,7 @@ class Card:
 
     name: str
     model: str
-    source: str  # "package:<package>/<file within>", "file:<path>" or a path
+    source: str  # "package:<package>/<file within>", "hf:<org>/<name>", "gs://…", "file:<path>" or a path
     sha256: str
     naming: str  # which of the model's conversion tables; "" = the one that matches
     input_size: int  # pixels, height and width

@@ -10,13 +10,12 @@ import os
 import re
 import struct
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 
 from tljax.errors import UserError, listing
-from tljax.weights import pickles
+from tljax.weights import archive, pickles
 from tljax.weights.pickles import Storage, Tensor
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -57,8 +56,8 @@ def _one_line(error: Exception) -> str:
 
 def _zip_format(path: str, mapped: mmap.mmap) -> Any:
     """data.pkl plus one uncompressed member data/<key> for each storage."""
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+    with zipfile.ZipFile(path) as opened:
+        members = {info.filename: info for info in opened.infolist()}
     programs = [name for name in members if re.fullmatch(r"([^/]*/)?data\.pkl", name)]
     if len(programs) != 1:
         raise ValueError("a zip archive without one data.pkl")
@@ -86,21 +85,7 @@ def _zip_format(path: str, mapped: mmap.mmap) -> Any:
 
 
 def _member(mapped: mmap.mmap, info: zipfile.ZipInfo) -> slice:
-    """Where the bytes of a member lie in the file; its checksum is verified."""
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise ValueError(f"{info.filename} is compressed or encrypted, which PyTorch does not do")
-    start = info.header_offset
-    if mapped[start : start + 4] != b"PK\x03\x04":
-        raise ValueError(f"{info.filename} is not where the archive says")
-    name_length, extra_length = struct.unpack("<HH", mapped[start + 26 : start + 30])
-    start += 30 + name_length + extra_length
-    stop = start + info.file_size
-    if not 0 <= start <= stop <= len(mapped):
-        raise ValueError(f"{info.filename} ends behind the end of the file")
-    # PyTorch writes 0 when told to leave checksums out.
-    if info.CRC and zlib.crc32(memoryview(mapped)[start:stop]) != info.CRC:
-        raise ValueError(f"{info.filename} has another checksum than the archive says")
-    return slice(start, stop)
+    return archive.stored(mapped, info, "PyTorch")
 
 
 def _old_format(mapped: mmap.mmap) -> Any:

@@ -1,0 +1,91 @@
+"""Reads Keras weights, `.h5` of Keras 2 and `.weights.h5` of Keras 3, through h5py (extra `keras`)."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tljax.errors import UserError
+from tljax.weights.lazy import DEFLATE, Arrays, Entry
+
+MAGIC = b"\x89HDF\r\n\x1a\n"
+# What an optimizer keeps beside the weights: `.h5` of Keras 2, `.weights.h5` of Keras 3.
+_OPTIMIZER = ("optimizer_weights", "optimizer")
+_DEPTH = 64
+_DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, AttributeError, MemoryError)
+
+
+def read(path: str | os.PathLike) -> Arrays:
+    """The datasets in `path` by their path within the file (`conv1/conv1/kernel:0`), each read when asked for.
+
+    In a whole model the paths begin below its group `model_weights`; an optimizer's state is left out. Raises
+    UserError (one line with the file's name) without h5py, for a damaged file, for links to other files and for
+    other things than numbers.
+    """
+    path = os.fspath(path)
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{path}: a Keras file needs h5py: pip install -e '.[keras]'") from None
+    return _one_line(path, lambda: _read(path, h5py))
+
+
+def _one_line(path: str, action: Callable) -> Any:
+    try:
+        return action()
+    except _DAMAGED as error:
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:160]
+        detail = f"{type(error).__name__}: {text}"
+        raise UserError(f"{path}: damaged, truncated or no HDF5 file ({detail})") from error
+
+
+def _read(path: str, h5py: Any) -> Arrays:
+    # Locking fails on file systems that only read.
+    file = h5py.File(path, "r", locking="best-effort")
+    entries: dict[str, Entry] = {}
+    seen: set[int] = set()
+
+    def hard(group: Any, name: str, where: str) -> Any:
+        # A link may lead to any file of the reader's machine.
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise UserError(f"{path}: {where!r} is a link, which Keras does not write; not followed")
+        return group[name]
+
+    def walk(group: Any, prefix: str, depth: int) -> None:
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen or depth > _DEPTH:
+            raise ValueError(f"the group {prefix} lies in itself or is there twice")
+        seen.add(address)
+        for name in group:
+            where = prefix + name
+            if not prefix and name in _OPTIMIZER:
+                continue
+            item = hard(group, name, where)
+            if isinstance(item, h5py.Group):
+                walk(item, f"{where}/", depth + 1)
+            elif isinstance(item, h5py.Dataset):
+                entries[where] = _entry(path, where, item)
+            else:
+                raise UserError(f"{path}: {where!r} is neither a group nor an array")
+
+    try:
+        walk(hard(file, "model_weights", "model_weights") if "model_weights" in list(file) else file, "", 0)
+        if not entries:
+            raise UserError(f"{path} holds no arrays")
+    except BaseException:
+        file.close()
+        raise
+    return Arrays(entries)
+
+
+def _entry(path: str, name: str, dataset: Any) -> Entry:
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: the numbers of {name!r} lie in another file; not read")
+    if dataset.shape is None or dataset.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {name!r} is of type {dataset.dtype}, which is not read")
+    shape, size, there = tuple(dataset.shape), dataset.nbytes, dataset.id.get_storage_size()
+    # Without this a file of a few bytes could ask for any number of gigabytes of its fill value.
+    if size > there * (DEFLATE if dataset.chunks else 1):
+        raise ValueError(f"{name} of shape {shape} claims {size} bytes but has {there}")
+    return Entry(shape, lambda: _one_line(path, lambda: np.asarray(dataset[()])))
