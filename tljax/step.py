@@ -117,9 +117,10 @@ def make_train_step(
             # The rate rises from 0 as (1 + t) / (10 + t) so that the first weights are soon forgotten.
             t = state.step.astype(jnp.float32)
             rate = 1 - jnp.minimum(ema, (1 + t) / (10 + t))
-            # In this form what does not move stays bit for bit, as statistics of frozen norms must.
-            towards = lambda old, new: (old + rate * (new - old)).astype(old.dtype)
-            average = jax.tree.map(towards, average, {"params": trainable, "stats": stats})
+            average = optax.incremental_update({"params": trainable, "stats": stats}, average, rate)
+            # A weighted mean of equal values is not that value to the last bit: frozen statistics are taken as stored.
+            moving, stored = plan.split_stats(average["stats"])[0], plan.split_stats(stats)[1]
+            average = average | {"stats": plan.merge(moving, stored)}
         metrics["grad_norm"] = optax.tree.norm(grads)
         params = plan.merge(trainable, frozen)
         return State(state.step + 1, params, stats, optimizer, average, state.anchor), metrics

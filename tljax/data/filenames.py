@@ -18,7 +18,8 @@ def read(fields, where: str) -> Table:
     """
     folder, slash, last = where.rpartition("/")
     pattern = last if "*" in last else "*"
-    root = locate(where if pattern == "*" and last != "*" else folder + slash or ".", "data", fields.extra)
+    install = f"-e '.[{fields.extra}]'" if fields.extra else ""
+    root = locate(where if pattern == "*" and last != "*" else folder + slash or ".", "data", install)
     if not root.is_dir():
         raise UserError(f"{root} is a file; expected a directory of images")
     files = [f for f in sorted(root.iterdir()) if fnmatchcase(f.name, pattern) and f.suffix.lower() in SUFFIXES]
