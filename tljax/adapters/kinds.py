@@ -5,6 +5,7 @@ module's stage: plans, optimizers and checkpoints treat them as they treat all p
 when it is new.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class Adapter(abc.ABC):
     """What all kinds share: the key of the parameters, and a pattern of the paths of modules."""
 
     name: str
@@ -64,9 +65,9 @@ class Adapter:
         """Whether the adapter is meant for the module at this path."""
         return exactly(self.targets, path)
 
+    @abc.abstractmethod
     def fits(self, module: nn.Module, x: Any, y: Any) -> bool:
         """Whether a module that maps x to y can be adapted."""
-        raise NotImplementedError
 
     def within(self, prefix: str) -> "Adapter":
         """The adapter for a tower of a larger model."""
@@ -76,13 +77,13 @@ class Adapter:
         """Whether a module has parameters of the adapter; `first`: it is the first of the adapter's."""
         return True
 
+    @abc.abstractmethod
     def create(self, key: jax.Array, module: nn.Module, path: str, x: jax.Array, y: jax.Array) -> dict:
         """New parameters for the module."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def around(self, call: Call, site: Site) -> Call:
         """The module's function with the adapter."""
-        raise NotImplementedError
 
     def fold(self, params: dict, values: dict) -> dict:
         """The module's own parameters with the adapter folded in. Raises UserError where that cannot be."""
