@@ -188,6 +188,8 @@ def document(runs: dict[str, tuple[float, list[dict]]], costs: dict[str, dict]) 
     summary = next(iter(runs.values()))[1][0]
     data, rates = summary["data"], ", ".join(f"{rate:g}" for rate in RATES)
     size, epochs = COMMON["image_size"], COMMON["train_for"]
+    left = [name for name in STRATEGIES if name not in runs]
+    absent = f"Without runs as yet: {', '.join(left)}.\n\n" if left else ""
     return f"""# Strategies compared
 
 {summary["model"]} on {data["train"]} photographs of {data["classes"]} classes, {data["test"]} more to test on;
@@ -203,7 +205,7 @@ FLOPs and scratch memory are the compiler's estimates for one device; the time o
 in turn on {summary["devices"]["kind"]}; with phases, FLOPs and time are means over the run and scratch is the largest.
 Peak memory is that of the whole process. *trains* is the share of the last phase.
 
-![Accuracy against the cost of a step](strategies.png)
+{absent}![Accuracy against the cost of a step](strategies.png)
 
 `python benchmarks/strategies.py` writes this page.
 """
