@@ -58,7 +58,7 @@ class Experiment:
             return None
         if self.card is None:
             raise UserError("config.regulariser needs loaded weights, config.weights = ''")
-        own = set(plans.paths(adapters.plain(self.model, self.shapes["params"])))  # adapters begin as the identity
+        own = set(plans.paths(_own(self.model, self.shapes)["params"]))  # adapters begin as the identity
         trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
         return regularisers.resolve(regulariser, self.shapes["params"], trained, self.config.reset)
 
@@ -126,8 +126,8 @@ class Experiment:
         """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
         config, report, values = self.config, None, {}
         if self.card is not None:
-            own = adapters.plain(self.model, self.shapes["params"])
-            loaded = weights.load(self.card, config.model, self.shapes | {"params": own}, config.reset, config.resize)
+            own = _own(self.model, self.shapes)
+            loaded = weights.load(self.card, config.model, own, config.reset, config.resize)
             report = loaded.report
             found = {"params": loaded.params, "batch_stats": loaded.batch_stats}
             values = {p: leaf for p, leaf in plans.flat(found).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
@@ -138,6 +138,11 @@ class Experiment:
         structure = jax.tree.structure(self.shapes)
         variables = structure.unflatten([values[path] for path in plans.paths(self.shapes)])
         return variables["params"], variables["batch_stats"], report
+
+
+def _own(model, shapes: dict) -> dict:
+    """The shapes of what a file of weights can hold: all but the adapters."""
+    return shapes | {"params": adapters.plain(model, shapes["params"])}
 
 
 def _model(config: ConfigDict, num_classes: int, axis_name: str | None = None):
@@ -170,10 +175,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         example = jax.ShapeDtypeStruct((1, preprocessing.size, preprocessing.size, 3), jnp.float32)
         model = adapters.adapt(model, wanted, example)
     shapes = models.shapes(model, size=preprocessing.size)
-    weights.check(
-        card, config.model, plans.paths(shapes | {"params": adapters.plain(model, shapes["params"])}), config.reset,
-        config.resize,
-    )  # fmt: skip
+    weights.check(card, config.model, plans.paths(_own(model, shapes)), config.reset, config.resize)
     resolve = lambda rules: plans.build(
         rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
     )

@@ -15,7 +15,7 @@ import optax
 from tljax import strategies
 from tljax.config import call, duration
 from tljax.errors import UserError
-from tljax.plan import Plan, paths
+from tljax.plan import Plan, flat, paths
 from tljax.step import State
 from tljax.strategies import Strategy
 
@@ -142,7 +142,7 @@ def change(state: State, new: Plan, tx: optax.GradientTransformation) -> State:
 
 def _kept(old: Tree, fresh: Tree) -> Tree:
     """`fresh` with the leaves of `old` at the paths that both have (a leaf's age is part of its state's path)."""
-    kept = dict(zip(paths(old), jax.tree.leaves(old)))
+    kept = flat(old)
     leaves, structure = jax.tree.flatten(fresh)
     # A copy of what is fresh: the state is donated, and a buffer of the parameters must not be donated twice.
     return structure.unflatten([kept.get(p, jnp.copy(leaf)) for p, leaf in zip(paths(fresh), leaves)])
