@@ -7,6 +7,8 @@
 The norms within the stages that train (`bn1`, `norm2`, …) are frozen, so that they go on using the statistics of the
 million images that they were trained on: batches of 16 tell too little. `norms=true` trains them, and then their
 statistics, if they have any, move as well. A network that has no norms (`vgg16`) takes `norms=true`, too.
+
+What the frozen stages make of four augmented views of each photograph is computed once (docs/cache.md).
 """
 
 from tljax.config import arguments, base
@@ -16,6 +18,7 @@ def get_config(arg=""):
     given = arguments(arg, last=2, body=0.03, norms=False, model="efficientnet_lite0")
     config = base(given.model)
     config.name = f"partial{given.last}"
+    config.cache_views = 4
     config.strategy = f"partial(last={given.last}, body={given.body})"
     if not given.norms:
         config.strategy = f"first(rules(('**/{{bn*,norm?}}', 0)), {config.strategy})"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import adapters, delta, models, optim, phases, regularisers, strategies, weights
+from tljax import adapters, cache, delta, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
 from tljax.config import check, duration
@@ -61,6 +61,12 @@ class Experiment:
         own = set(plans.paths(_own(self.model, self.shapes)["params"]))  # adapters begin as the identity
         trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
         return regularisers.resolve(regulariser, self.shapes["params"], trained, self.config.reset)
+
+    def features(self, plan: plans.Plan) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what a plan's frozen prefix makes of one image."""
+        image = jax.ShapeDtypeStruct((1, self.preprocessing.size, self.preprocessing.size, 3), jnp.float32)
+        found = jax.eval_shape(lambda v, x: self.model.apply(v, x, stop=plan.cut), self.shapes, image)
+        return jax.ShapeDtypeStruct(found.shape[1:], found.dtype)
 
     def plain_model(self, num_classes: int):
         """The config's model on one device, for so many classes."""
@@ -155,6 +161,7 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
     """Resolves a config. Raises UserError for whatever in it does not exist or does not fit."""
     check(config)
     Augment.of(config.augment)
+    cache.check(config)
     card = weights.card(config.weights, config.model) if config.weights else None
     if config.checkpoint.delta and card is None:
         raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
