@@ -95,8 +95,8 @@ def test_a_cached_run_is_the_uncached_one(tiny, tmp_path, counted, capsys):
     plain = run(tiny, tmp_path / "off", cache="off", **fields)
     assert counted == []
     kept = run(tiny, tmp_path / "memory", cache="memory", **fields)
-    # Each phase's own cut: two views of the 24 photographs, from that of its first epoch (5 of the second's) on, and,
-    # when they are evaluated, the 9 of val.
+    # Each phase's own cut: two views of the 24 photographs, from that of its first epoch (5 of the second's) on, the 9
+    # of val and, at the end, the 13 of test.
     assert counted == [(24, 0), (24, 1), (9, None)] + [(24, 1), (24, 0), (9, None), (13, None)]
     said = capsys.readouterr().out
     assert "before head" in said
@@ -156,6 +156,9 @@ def test_features_on_disk_are_used_until_something_that_they_depend_on_changes(p
 
     whole = [(24, 0), (24, 1), (9, None)]
     assert computed() == whole
+    left, other = (next(home.iterdir()) / f".{name}.tmp" for name in ("killed", "at-work"))
+    left.touch(), other.touch()
+    os.utime(left, (0, 0))
     assert len(list(home.rglob("*.npy"))) == 3
     assert computed(label_smoothing=0.0, train_for="9 steps", optim={"lr": 0.3}) == []
     assert computed(image_size=24) == whole
@@ -175,7 +178,7 @@ def test_features_on_disk_are_used_until_something_that_they_depend_on_changes(p
     assert said == []
     assert computed() == [(23, 1)]
     assert said == [f"feature cache: {file} is damaged and computed anew"]
-    assert not list(home.rglob(".*"))
+    assert list(home.rglob(".*")) == [other]
 
 
 def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch):

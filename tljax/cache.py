@@ -32,6 +32,7 @@ from tljax.step import make_predict_step
 if TYPE_CHECKING:
     from tljax.experiment import Experiment
 
+ABANDONED = 24 * 3600  # seconds, after which an unfinished file is nobody's
 FORMAT = 1  # of what a digest stands for; another number, and no folder of older features is used
 
 
@@ -119,7 +120,6 @@ class FeatureCache:
         self.like = exp.features(phase.plan)
         self.digest = digest(exp, phase, params, stats, layout)
         self.kept: dict[tuple[Split, int | None], np.ndarray] = {}
-        self.seconds = 0.0  # spent on computing and reading features
         p = exp.preprocessing
         self.program = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std, stop=self.cut))
 
@@ -130,19 +130,13 @@ class FeatureCache:
         """
         key = (split, view)
         if key not in self.kept:
-            begun = time.time()
             self.kept[key] = self._stored(split, view) if self.where == "disk" else self._computed(split, view)
-            self.seconds += time.time() - begun
         return self.kept[key]
 
     @property
     def nbytes(self) -> int:
         """The size of the features that there are so far."""
         return sum(found.nbytes for found in self.kept.values())
-
-    def tell(self) -> None:
-        """Says what the features of training took, once."""
-        self.say(f"feature cache: {text.size(self.nbytes)} ready in {text.duration(self.seconds)}")
 
     def _batches(self, split: Split, view: int | None):
         config, p = self.exp.config, self.exp.preprocessing
@@ -200,6 +194,9 @@ class FeatureCache:
 
     def _written(self, split: Split, view: int | None, place: Path, name: str) -> Path:
         """Computes a file under a name of this process's own, which nobody trusts, and renames it when it is whole."""
+        for left in place.glob(".*.tmp"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink(missing_ok=True)
         temporary = place / f".{name}-{uuid.uuid4().hex}.tmp"
         try:
             shape = (len(split), *self.like.shape)

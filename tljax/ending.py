@@ -114,7 +114,6 @@ def summary(run, steps: int) -> dict:
             "where": run.cache.where,
             "views": views(config),
             "bytes": run.cache.nbytes,
-            "seconds": round(run.cache.seconds, 2),
         },
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),

@@ -219,9 +219,15 @@ class Run:
                 train, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
                 views=config.cache_views, threads=config.data.threads, **common,
             )  # fmt: skip
-        for view in cache.needed(config, self.phase, len(train), start) if start < stop else ():
-            self.cache(train, view)
-        self.cache.tell()
+        begun = time.time()
+        with self.clock("features"):
+            for view in cache.needed(config, self.phase, len(train), start) if start < stop else ():
+                self.cache(train, view)
+            if len(self.dataset.val):
+                self.cache(self.dataset.val)
+        self.console.print(
+            f"feature cache: {text.size(self.cache.nbytes)} ready in {text.duration(time.time() - begun)}"
+        )
         return data.feature_batches(
             functools.partial(self.cache, train), train.labels, views=cache.views(config), **common
         )
