@@ -25,6 +25,7 @@ TINY = [
     "convnext_mini",
     "densenet_mini",
     "swin_mini",
+    "clip_vit_tiny",
 ]
 CLASSES = 5
 
@@ -57,7 +58,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model = models.create(name, 7)
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    first = {"vit": "embed", "swi": "embed", "vgg": "block1"}
+    first = {"vit": "embed", "swi": "embed", "cli": "embed", "vgg": "block1"}
     assert model.stages[0] == first.get(name[:3], "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
@@ -65,7 +66,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    families = ("vit", "swin", "convnext", "groupnorm", "resnetv2")
+    families = ("vit", "clip", "swin", "convnext", "groupnorm", "resnetv2")
     without = name.startswith(families) or (name.startswith("vgg") and "bn" not in name)
     assert bool(stats) != without
     assert shapes["params"]["head"]["kernel"].shape[1] == 7

@@ -17,11 +17,16 @@ def tables(model_name: str) -> dict[str, tuple]:
 
 def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
     """(naming, table) of the model whose rows match the most of `names`."""
+    return best_of(names, tables(model_name))
+
+
+def best_of(names: list[str], tables: Mapping[str, tuple]) -> tuple[str, tuple]:
+    """(naming, table) of those whose rows match the most of `names`."""
 
     def matched(entry: tuple[str, tuple]) -> int:
         return sum(found is not None for found in matcher.targets(names, entry[1]).values())
 
-    return max(tables(model_name).items(), key=matched)
+    return max(tables.items(), key=matched)
 
 
 def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, str] | None:
