@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--batches={flags.batches}: expected a whole number")
     parallel.start()
     dataset = data.load(config.data)
-    exp = experiment.build(config, len(dataset.classes))
+    exp = experiment.build(config, dataset.classes)
     p = exp.preprocessing
     params, stats, _ = exp.load()
 

@@ -13,7 +13,7 @@ from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
 
-__all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
+__all__ = ["CARDS", "Card", "Loaded", "Report", "beside", "card", "fitting", "load", "read"]
 
 # Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
 _OTHER_MODEL = 0.05
@@ -73,6 +73,28 @@ def _file(source: str, name: str) -> Path:
     return held
 
 
+def fitting(found: Card, names: Iterable[str]) -> list[str]:
+    """Those models of `names` whose leaves, but for the head's, the file fills exactly. Raises UserError."""
+    source = lazy.shapes(read(_file(found.source, found.name)))
+    return list(dict.fromkeys(name for name, _ in lookalike.fitting(source, names)))
+
+
+def beside(source: str, name: str) -> Path | None:
+    """The file called `name` that lies with weights, in their folder or repository; None where there is none."""
+    if source.startswith("hf:"):
+        from tljax.weights import hub
+
+        return hub.beside(source, name)
+    try:
+        if "://" in source and not source.startswith("file:"):
+            return files.locate(f"{source.rpartition('/')[0]}/{name}", name)
+        path = files.locate(source, name)
+    except UserError:
+        return None
+    path = (path if path.is_dir() else path.parent) / name
+    return path if path.is_file() else None
+
+
 def _fetch_shards(source: str, path: Path, name: str) -> None:
     """Copies what the local copy of a far index names to the place beside it."""
     if "://" in source and not source.startswith("file:") and readers.is_index(path):
@@ -119,7 +141,7 @@ def load(
     resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
     result = matcher.fit(names, table, leaves, reset, resize)
     if result.problems:
-        if result.problems > _OTHER_MODEL * len(names):
+        if tables is None and result.problems > _OTHER_MODEL * len(names):
             other = lookalike.find(names, model_name)
             if other:
                 raise UserError(
