@@ -123,7 +123,7 @@ def classifier(
     Raises UserError for weights without a text tower, a tokenizer that is missing or of another vocabulary.
     """
     variant = clip.VARIANTS[model]
-    numbered = tokens.load(tokenizer, card)
+    numbered = tokens.load(tokenizer, card.source)
     if numbered.size > variant.text.vocabulary:
         raise UserError(
             f"tokenizer {numbered.source} has {numbered.size} tokens, the text tower of {model} knows "

@@ -1,7 +1,6 @@
 """Texts as the numbered tokens of CLIP, by the library `tokenizers` (extra `clip`)."""
 
 import gzip
-import importlib.util
 import json
 import zlib
 from collections.abc import Sequence
@@ -48,8 +47,10 @@ class Tokenizer:
         return np.array(filled, np.int32).reshape(-1, context)
 
 
-def load(given: str, card: weights.Card | None = None) -> Tokenizer:
-    """The tokenizer of a file, a folder, "package:…" or "hf:org/name"; "": that of the weights, or of a package.
+def load(given: str, source: str = "") -> Tokenizer:
+    """The tokenizer of a file, a folder, "package:…" or "hf:org/name"; "": the one beside the weights of `source`.
+
+    Where none lies there, OpenAI's vocabulary is taken from an installed package that carries it.
 
     A file is a tokenizer.json, a vocab.json with its merges.txt, or OpenAI's list of merges. Raises UserError, which
     says what would be needed and where.
@@ -60,16 +61,18 @@ def load(given: str, card: weights.Card | None = None) -> Tokenizer:
         raise UserError("CLIP's texts need the library tokenizers: pip install -e '.[clip]'") from None
     if given:
         return _named(given)
-    for name in BESIDE if card else ():
-        path = weights.beside(card.source, name)
-        if path and (name != "vocab.json" or weights.beside(card.source, "merges.txt")):
+    for name in BESIDE if source else ():
+        path = weights.beside(source, name)
+        if path and (name != "vocab.json" or weights.beside(source, "merges.txt")):
             return _read(path)
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is not None:
+        try:
             path = files.locate(f"package:{package}/{MERGES}", "tokenizer")
             files.check(SHA256, path)
-            return _read(path)
-    place = f"beside the weights {card.source}" if card else "given"
+        except UserError:  # not installed, or another package of that name
+            continue
+        return _read(path)
+    place = f"beside the weights {source}" if source else "given"
     raise UserError(
         f"no tokenizer is {place} (tokenizer.json, or vocab.json and merges.txt), and no installed package carries "
         f"CLIP's vocabulary (`pip install --no-deps open_clip_torch`): put one there, or name it with --tokenizer=FILE "
