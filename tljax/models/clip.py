@@ -235,7 +235,7 @@ def _openai() -> tuple[list[naming.Row], list[naming.Row]]:
         ]
         for i in (1, 2):
             rows += naming.affine(rf"{block}ln_{i}", f"block{{}}/norm{i}")
-        return rows
+        return [*rows, (rf"{block}attn_mask", None, "same")]
 
     image = [
         (r"visual\.class_embedding", "params/embed/class_token", "same"),
@@ -254,7 +254,7 @@ def _openai() -> tuple[list[naming.Row], list[naming.Row]]:
         *naming.affine(rf"{prefix}ln_final", "norm"),
         (rf"{prefix}text_projection", "params/projection/kernel", "same"),
         ("logit_scale", "params/logit_scale", "same"),
-        # Numbers about the model, in OpenAI's files.
-        (r"input_resolution|context_length|vocab_size", None, "same"),
+        # In files of TorchScript, as OpenAI's are: what follows from the model.
+        (rf"input_resolution|context_length|vocab_size|{prefix}attn_mask", None, "same"),
     ]
     return image, text
