@@ -1,7 +1,9 @@
 """Zero-shot classification against numpy by hand, as a head, through fine-tuning to WiSE-FT; and what goes wrong."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import clip_files
 import jax
@@ -27,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """Short ones: the tiny text tower takes 18 tokens."""
+    """Short ones: the tiny text tower takes 30 tokens."""
     (tmp_path / "prompts.txt").write_text("a {}.\n{} photo\nthe {}\n")
     return tmp_path / "prompts.txt"
 
@@ -38,7 +40,7 @@ def by_hand(folder, classes, prompts):
     for name in classes:
         total = 0
         for prompt in prompts:
-            (row,) = tokenizer([prompt.replace("{}", name)], 20)
+            (row,) = tokenizer([prompt.replace("{}", name)], 32)
             vector = clip_files.text_vector(arrays, row[: list(row).index(tokenizer.end) + 1])
             total = total + vector / np.sqrt((vector**2).sum())
         found.append(total / np.sqrt((total**2).sum()))
@@ -96,6 +98,29 @@ def test_the_command(folder, photos, prompts, tmp_path, capsys):
     assert "top-5" not in out
     for name, count in zip(sorted(COLOURS), np.bincount(labels)):
         assert any(line.startswith(name) and line.endswith(f"of {count}") for line in out.splitlines())
+
+
+DOCS = Path(__file__).parent.parent / "docs/clip.md"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m tljax\.zeroshot (.*)$", DOCS.read_text(), re.M))
+def test_the_commands_of_the_docs(line, folder, photos, tmp_path, monkeypatch, capsys):
+    """On the tiny network and the tiny photographs in place of those that a network would bring."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("green\nred\nblue\n")
+    (tmp_path / "prompts.txt").write_text("the {}\n")
+    instead = {"--weights": str(folder), "--data": f"folder:{photos}"}
+    given = dict(flag.split("=", 1) for flag in line.split())
+    assert zeroshot.main([f"{flag}={value}" for flag, value in (given | instead).items()]) == 0
+    assert "13 photographs of 3 classes, test" in capsys.readouterr().out
+
+
+def test_the_python_of_the_docs(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    exec(compile(code, "docs/clip.md", "exec"), found := {})
+    vectors, scale = found["class_vectors"](str(folder), ("red", "blue"))
+    np.testing.assert_allclose(vectors, by_hand(folder, ("red", "blue"), ["a photo of a {}."]), atol=2e-6)
+    assert scale == pytest.approx(np.exp(3.0))
 
 
 def test_names_that_one_gives(folder, photos, prompts, tmp_path, capsys):
@@ -206,7 +231,7 @@ def test_bad_input_of_texts(folder, photos, tmp_path):
     assert "has test, train, val; expected one of them, or all" in tell("--split=tets")
     assert says(f"--data=folder:{photos}").startswith("no --weights: a CLIP's")
     long = "the class of which one could say a great many things that take many tokens"
-    assert "tokens, the text tower takes 18" in tell(f"--classes=blue,green,red,{long}")
+    assert "tokens, the text tower takes 30" in tell(f"--classes=blue,green,red,{long}")
 
 
 def test_bad_input_of_weights(folder, photos, tmp_path, monkeypatch):
@@ -235,6 +260,18 @@ def test_bad_input_of_weights(folder, photos, tmp_path, monkeypatch):
     save_file({"a": np.zeros(3, np.float32)}, other / "model.safetensors")
     assert "are of no CLIP" in tell(other)
     assert "does not fit clip_vit_tiny" in tell(other, f"--model={NAME}")
+
+
+def test_what_the_hub_lacks_is_told(photos, monkeypatch):
+    """Without a network and with an empty cache: what would be fetched, and where to put it."""
+    pytest.importorskip("huggingface_hub", reason="pip install -e '.[hf]'")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nowhere/hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = says("--weights=clip_vit_base_patch32", f"--data=folder:{photos}")
+    assert "of openai/clip-vit-base-patch32 is not in the cache, and HF_HUB_OFFLINE is set" in line
+    assert "copy what it makes to /nowhere/hub/models--openai--clip-vit-base-patch32" in line
 
 
 def test_the_model_is_found_out(folder):

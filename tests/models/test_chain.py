@@ -168,7 +168,7 @@ def test_runs_in_part_compose(name):
 
     for stage, (before, after) in in_two(variables, x).items():
         np.testing.assert_allclose(after, whole, rtol=0, atol=1e-5)
-        within = 3 if name.startswith("vit") and stage != "embed" else 4  # tokens, or an image
+        within = 3 if name.startswith(("vit", "clip")) and stage != "embed" else 4  # tokens, or an image
         assert before.ndim == (2 if stage in ("head", "hidden2") else within)
     features, _ = train(model, variables, x, live=frozenset(), stop="head")
     head = variables["params"]["head"]

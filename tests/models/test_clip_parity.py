@@ -188,7 +188,7 @@ def test_files_of_transformers(net, tmp_path):
 
 
 def test_files_of_openai(net, state, tmp_path):
-    about = {"input_resolution": np.array(32), "context_length": np.array(20), "vocab_size": np.array(600)}
+    about = {"input_resolution": np.array(32), "context_length": np.array(32), "vocab_size": np.array(600)}
     save_file(torch_clip.openai_names(state) | about, tmp_path / "model.safetensors")
     assert_loads(tmp_path / "model.safetensors", "openai", net)
 
@@ -204,7 +204,7 @@ def test_files_of_open_clip(custom_text, net, state, tmp_path):
     theirs = kind(
         TINY.dim,
         {"image_size": 32, "layers": image.depth, "width": 32, "head_width": 16, "patch_size": 8},
-        {"context_length": 20, "vocab_size": 600, "width": 24, "heads": 3, "layers": text.depth},
+        {"context_length": text.context, "vocab_size": 600, "width": 24, "heads": 3, "layers": text.depth},
         quick_gelu=True,
     ).eval()
     arrays = torch_clip.openai_names(state)

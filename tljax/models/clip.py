@@ -59,7 +59,7 @@ VARIANTS = {
     # Not published: for tests.
     "clip_vit_tiny": Variant(
         vit.Variant(32, 3, 2, patch=8, size=32, embed_norm=True, activation="quick_gelu"),
-        Text(24, 2, 3, vocabulary=600, context=20),
+        Text(24, 2, 3, vocabulary=600, context=32),
         16,
     ),
 }

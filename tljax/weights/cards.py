@@ -70,19 +70,20 @@ _MOBILENET_V2 = Card(
 )
 
 
-def _clip(model: str, repository: str, top1: float, tag: str = "", origin: str = "", **fields) -> Card:
+def _clip(model: str, repository: str, top1: float, tag: str = "", origin: str = "", file: str = "", **fields) -> Card:
     """Top-1 is of the zero-shot classifier, with its authors' prompts."""
+    pairs = "LAION-2B, English" if tag else "400 million of the web"
     return Card(
         name=f"{model}.{tag}" if tag else model,
         model=model,
-        source=f"hf:{repository}",
+        source=f"hf:{repository}{file}",
         sha256="",
-        naming="transformers",
         licence="MIT",
         origin=origin or f"{repository}: OpenAI's CLIP (Radford et al. 2021), whose repository has the licence",
-        trained_on="400 million pairs of image and text" if not tag else "LAION-2B, English: pairs of image and text",
+        trained_on=f"pairs of image and text ({pairs}), zero-shot",
         top1=top1,
         **{
+            "naming": "transformers",
             "input_size": 224,
             "mean": (0.48145466, 0.4578275, 0.40821073),
             "std": (0.26862954, 0.26130258, 0.27577711),
@@ -133,7 +134,7 @@ CARDS: dict[str, Card] = {
         _clip("clip_vit_large_patch14", "openai/clip-vit-large-patch14", 75.3),
         _clip("clip_vit_large_patch14_336", "openai/clip-vit-large-patch14-336", 76.2, input_size=336),
         _laion("base", 32, "laion2B-s34B-b79K", 66.6),
-        _laion("base", 16, "laion2B-s34B-b88K", 70.2),
+        _laion("base", 16, "laion2B-s34B-b88K", 70.2, naming="openai", file="/open_clip_pytorch_model.bin"),
         _laion("large", 14, "laion2B-s32B-b82K", 75.3, mean=(0.5,) * 3, std=(0.5,) * 3),
         _laion("huge", 14, "laion2B-s32B-b79K", 78.0),
     )
