@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import clip_files
@@ -246,6 +247,9 @@ def test_bad_input_of_weights(folder, photos, tmp_path, monkeypatch):
     assert "no tokenizer is beside the weights" in line
     assert "tokenizer.json, or vocab.json and merges.txt" in line
     assert "pip install --no-deps open_clip_torch" in line
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tokenizers", None)
+        assert "need the library tokenizers: pip install -e '.[clip]'" in tell(folder)
     other = clip_files.write(tmp_path / "gelu", hidden_act="gelu")
     line = tell(other)
     assert "were trained with the activation gelu, and clip_vit_tiny has quick_gelu" in line
@@ -294,3 +298,4 @@ def test_bad_input_of_the_training_command(tiny, folder, photos, tmp_path):
     assert "config.reset = () has to name it" in tell(reset="()")
     assert "expected one of , zeroshot" in tell(head="zero")
     assert "no such file" in tell(templates="x.txt")
+    assert "config.class_names = 'a,b,c' is of use with config.head" in tell(head="", class_names="a,b,c")

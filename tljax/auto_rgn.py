@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     ratios = relative_gradient_norms(loss, params, itertools.islice(batches, int(flags.batches or 8)))
     ratios = {stage: ratios[stage] for stage in exp.model.stages}
-    head = exp.model.stages[-1] if exp.card is None or exp.model.stages[-1] in config.reset else None
+    head = exp.model.stages[-1] if exp.card is None or exp.model.stages[-1] in exp.reset else None
     Console().print(f'config.strategy = "{strategy(multipliers(ratios, head))}"')
     return 0
 

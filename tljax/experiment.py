@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tljax import adapters, delta, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
-from tljax.config import check, duration
+from tljax.config import base, check, duration
 from tljax.data.catalogue import CATALOGUE
 from tljax.data.pipeline import Augment
 from tljax.errors import UserError
@@ -172,8 +172,7 @@ def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | Non
     card = weights.card(config.weights, config.model) if config.weights else None
     if config.checkpoint.delta and card is None:
         raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
-    if config.head == "zeroshot":
-        _check_zeroshot(config, card)
+    _check_head(config, card)
     model = _model(config, num_classes, layout.axis_name if layout else None)
     if card is None:
         mean, std = DEFAULT_MEAN_STD
@@ -201,7 +200,13 @@ def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | Non
     return experiment
 
 
-def _check_zeroshot(config: ConfigDict, card: weights.Card | None) -> None:
+def _check_head(config: ConfigDict, card: weights.Card | None) -> None:
+    defaults = base(config.model)
+    if not config.head:
+        for field in ("templates", "class_names", "tokenizer"):
+            if config[field] != defaults[field]:
+                raise UserError(f"config.{field} = {config[field]!r} is of use with config.head = 'zeroshot' only")
+        return
     from tljax import texts
 
     texts.require(config.model, "config.head = 'zeroshot'")

@@ -134,7 +134,7 @@ def classifier(
         raise UserError(
             f"tokenizer {numbered.source}: texts end with token {numbered.end}, the weights' config.json says {end}"
         )
-    rows = numbered([prompt.format(name) for name in classes for prompt in prompts], variant.text.context)
+    rows = numbered([prompt.replace("{}", name) for name in classes for prompt in prompts], variant.text.context)
     try:
         loaded = weights.load(card, model, clip.text_shapes(model), tables=clip.text_conversion())
     except UserError as error:

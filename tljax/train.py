@@ -132,6 +132,8 @@ class Run:
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+        if self.config.head:
+            self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
         self.notes = {
             "step": 0, "best": None, "since_best": 0, "pending": [],
