@@ -1,5 +1,6 @@
 """Zero-shot classification against numpy by hand, as a head, through fine-tuning to WiSE-FT; and what goes wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from tljax import experiment, texts, tokens, train, weights, wise_ft, zeroshot
 from tljax.config import base
 from tljax.data.transforms import resize_and_centre_crop
 from tljax.errors import UserError
+from tljax.models import clip
 from tljax.report import metrics
 
 pytest.importorskip("tokenizers", reason="pip install -e '.[clip]'")
@@ -278,9 +280,24 @@ def test_what_the_hub_lacks_is_told(photos, monkeypatch):
     assert "copy what it makes to /nowhere/hub/models--openai--clip-vit-base-patch32" in line
 
 
-def test_the_model_is_found_out(folder):
-    assert zeroshot.model_of(weights.card(str(folder))) == NAME
-    assert zeroshot.model_of(weights.card("hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K")) == "clip_vit_base_patch32_laion"
+def test_the_model_is_found_out(folder, tmp_path, monkeypatch):
+    assert zeroshot.model_of(weights.card(str(folder))) == (NAME, "")
+    laion = "clip_vit_base_patch32_laion"
+    assert zeroshot.model_of(weights.card("hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K")) == (laion, "")
+    # Two of the same shapes: what lies beside decides, and where nothing does, it is told.
+    image = dataclasses.replace(clip.VARIANTS[NAME].image, activation="gelu")
+    monkeypatch.setitem(clip.VARIANTS, "clip_vit_twin", dataclasses.replace(clip.VARIANTS[NAME], image=image))
+    other = clip_files.write(tmp_path / "gelu", hidden_act="gelu")
+    assert zeroshot.model_of(weights.card(str(other))) == ("clip_vit_twin", "")
+    (tmp_path / "open").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "open")
+    (tmp_path / "open/open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 16}}')
+    assert zeroshot.model_of(weights.card(str(tmp_path / "open"))) == ("clip_vit_twin", "")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "bare")
+    model, said = zeroshot.model_of(weights.card(str(tmp_path / "bare")))
+    assert model == NAME
+    assert "otherwise --model=clip_vit_twin" in said
 
 
 def test_bad_input_of_the_training_command(tiny, folder, photos, tmp_path):

@@ -23,11 +23,14 @@ BATCH = 64
 SHOWN = 40  # classes, at most, in what is printed; the file has them all
 
 
-def model_of(card: weights.Card) -> str:
-    """The CLIP that weights are of: the card's, or found out from the shapes and what lies beside. Raises UserError."""
+def model_of(card: weights.Card) -> tuple[str, str]:
+    """(the CLIP that weights are of, what is to be said about it): the card's, or found out. Raises UserError.
+
+    Shapes tell all but the activation, which a file beside the weights may.
+    """
     if card.model:
         texts.require(card.model, f"--weights={card.name}")
-        return card.model
+        return card.model, ""
     fitting = weights.fitting(card, clip.VARIANTS)
     if not fitting:
         raise UserError(
@@ -35,7 +38,11 @@ def model_of(card: weights.Card) -> str:
             "--model=NAME says of which one they should be, and then what does not fit"
         )
     activation, _ = texts.beside(card.source)
-    return next((name for name in fitting if clip.VARIANTS[name].image.activation == activation), fitting[0])
+    model = next((name for name in fitting if clip.VARIANTS[name].image.activation == activation), fitting[0])
+    if activation is None and len(fitting) > 1:
+        others = " or ".join(f"--model={name}" for name in fitting if name != model)
+        return model, f"taken for {model}: the arrays do not tell; otherwise {others}"
+    return model, ""
 
 
 def photographs(source: str, part: str, given: tuple[str, ...]) -> tuple[dataset.Split, tuple[str, ...], list[str]]:
@@ -138,7 +145,7 @@ def main(argv: list[str]) -> int:
     given = texts.names(flags.classes, "--classes") if flags.classes else ()
     split, classes, said = photographs(flags.data, flags.split, given)
     card = weights.card(flags.weights, flags.model)
-    model = flags.model or model_of(card)
+    model, note = (flags.model, "") if flags.model else model_of(card)
     texts.require(model, f"--model={model}")
     config = base(model)
     config.update(weights=flags.weights, head="zeroshot", tokenizer=flags.tokenizer, batch_size=BATCH)
@@ -146,7 +153,7 @@ def main(argv: list[str]) -> int:
     layout = parallel.Layout.for_evaluation(BATCH)
     exp = experiment.build(config, classes, layout)
     console = Console()
-    for line in (*said, f"weights {exp.card.name}: {model}, {len(prompts)} prompts a class", exp.card.note):
+    for line in (*said, f"weights {exp.card.name}: {model}, {len(prompts)} prompts a class", note, exp.card.note):
         console.print(line) if line else None
     params, stats, _ = exp.load()
     logits = Evaluator(exp, layout)(*layout.place((params, stats)), split)
