@@ -28,6 +28,11 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
     config.resize = ()  # paths that are resized to fit (position embeddings)
 
+    config.head = ""  # "zeroshot": a CLIP's vectors of the classes' names; "": drawn or loaded, as config.reset says
+    config.templates = "default"  # prompts for it: a set of tljax.texts, or a file with a line each, {} for the class
+    config.class_names = ""  # names for it, in the classes' order: a file with a line each, or a list; "": the data's
+    config.tokenizer = ""  # its file, folder, "package:…" or "hf:org/name"; "": the one beside the weights
+
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
     config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
     config.norm_stats = "plan"  # whose statistics move: norms that train ("plan"), none ("frozen"), all ("batch")
@@ -162,6 +167,7 @@ CHOICES = {
     "augment.mix_at": ("images", "features"),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
+    "head": ("", "zeroshot"),
     "source.split": ("", "train", "val", "test"),
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),

@@ -69,7 +69,7 @@ def restore(workdir: Workdir, which: str = ""):
     step = int(step)
     notes = checkpoints.notes(step)
     layout = parallel.Layout.for_evaluation(config.batch_size)
-    exp = experiment.build(config, len(notes["classes"]), layout)
+    exp = experiment.build(config, notes["classes"], layout)
     plan, state = exp.restore(checkpoints, step, layout, notes["examples"])
     checkpoints.close()
     return exp, layout, *evaluated(state, plan), notes

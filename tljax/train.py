@@ -69,7 +69,7 @@ class Run:
         if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
             field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
-        self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
+        self.exp = experiment.build(config, self.dataset.classes, self.layout)
         examples = len(self.dataset.train)
         penalty = self.exp.penalty
         if penalty and not (penalty.held or penalty.new):
@@ -140,6 +140,8 @@ class Run:
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+        if self.config.head:
+            self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
         self.notes = {
             "step": 0, "best": None, "since_best": 0, "pending": [],

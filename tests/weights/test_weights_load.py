@@ -267,6 +267,10 @@ def test_cards_are_consistent():
         # (x - 127) / 128 for x on 0..255, or ImageNet's mean and deviation.
         if card.model.startswith("efficientnet_lite"):
             assert np.allclose((np.array(200) / 255 - card.mean) / card.std, (200 - 127) / 128)
+        elif card.model.startswith("clip"):
+            assert card.source.startswith("hf:")  # whose revision is no part of the card
+            assert not card.sha256
+            continue
         else:
             assert (card.mean, card.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         # The file name holds the first digits of the digest, as PyTorch's hub has it.
