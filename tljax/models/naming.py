@@ -115,6 +115,11 @@ def keras_batch_norm(layer: str, target: str, scaled: bool = True) -> list[Row]:
     return keras(layer, scale | rest)
 
 
+def keras_head(transform: str = "same") -> list[Row]:
+    """The rows of the last layer, whatever Keras has called it over the years."""
+    return keras_layer("(?:predictions|probs|fc1000|[Ll]ogits)", "head", transform=transform)
+
+
 def keras_preprocessing() -> list[Row]:
     """The rows of the Normalization within some networks: of images, which the card's mean and std prepare here."""
-    return keras(r"\w*normalization", dict.fromkeys(("mean", "variance", "count"), (None, "same")))
+    return keras(r"normalization(?:_\d+)?", dict.fromkeys(("mean", "variance", "count"), (None, "same")))

@@ -65,6 +65,7 @@ VARIANTS = {
     # Not published: for tests.
     "resnet_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32),
     "resnext_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32, groups=4, wide=2.0),
+    "keras_resnet_tiny": Variant((1, 1), size=32, **_KERAS),
     "groupnorm_tiny": Variant((1, 1, 1), bottleneck=False, width=8, size=32, norm="group"),
 }
 
@@ -182,7 +183,7 @@ def _keras(v: Variant) -> naming.Table:
         *naming.keras_layer("conv1_conv", "stem/conv1", transform="bgr"),
         *naming.keras_batch_norm("conv1_bn", "stem/bn1"),
     ]
-    rows += _keras_blocks(names("conv"), names("bn"), ("1", "2", "3", "0")) + naming.keras_layer("predictions", "head")
+    rows += _keras_blocks(names("conv"), names("bn"), ("1", "2", "3", "0")) + naming.keras_head()
     return naming.table(rows, lambda match: sum(v.depths[: int(match[1]) - 2]) + int(match[2]))
 
 
@@ -193,7 +194,7 @@ def _keras_old(v: Variant) -> naming.Table:
         *naming.keras_layer("conv1", "stem/conv1", transform="bgr"),
         *naming.keras_batch_norm("bn_conv1", "stem/bn1"),
     ]
-    rows += _keras_blocks(names("res"), names("bn"), ("2a", "2b", "2c", "1")) + naming.keras_layer("fc1000", "head")
+    rows += _keras_blocks(names("res"), names("bn"), ("2a", "2b", "2c", "1")) + naming.keras_head()
     return naming.table(rows, lambda match: sum(v.depths[: int(match[1]) - 2]) + ord(match[2]) - ord("a") + 1)
 
 
