@@ -26,7 +26,9 @@ deform_conv2d(Tensor x) -> Tensor
 _deform_conv2d_backward(Tensor x) -> Tensor
 """
 # Of these a smaller sibling is tested in the fast suite.
-_LARGE = re.compile(r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101")
+_LARGE = re.compile(
+    r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101|^keras_(?!.*tiny)"
+)
 _declared = []  # the declarations last as long as the library object
 
 

@@ -6,6 +6,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # 0..255 minus the mean, as Caffe's networks saw images; their order of channels is turned round at conversion.
 CAFFE = {"mean": (123.68 / 255, 116.779 / 255, 103.939 / 255), "std": (1 / 255,) * 3}
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # -1..1
+# How the networks whose names begin so saw images; all others ImageNet's mean and deviation.
+_USUAL = {
+    "keras_resnet": CAFFE,
+    "keras_vgg": CAFFE,
+    "keras_mobilenet": HALF,
+    "keras_inception": HALF,
+    "tf_efficientnetv2": HALF,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +144,8 @@ def named(spec: str) -> Card | None:
 def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
     """The card of a file unknown to the catalogue: its model's usual preprocessing, marked as assumed."""
     usual = named(model)
+    seen = next((seen for start, seen in _USUAL.items() if model.startswith(start)), {})
+    of_model = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | seen
     return Card(
         name=source.removeprefix("file:"),
         model=model,
@@ -142,14 +153,17 @@ def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
         sha256=sha256,
         naming="",
         input_size=input_size,
-        mean=usual.mean if usual else IMAGENET_MEAN,
-        std=usual.std if usual else IMAGENET_STD,
+        mean=usual.mean if usual else of_model["mean"],
+        std=usual.std if usual else of_model["std"],
         interpolation=usual.interpolation if usual else "bilinear",
         crop=usual.crop if usual else 0.875,
         licence="unknown",
         origin="unknown",
         trained_on="unknown",
         top1=None,
-        note=f"preprocessing assumed ({'as ' + usual.name if usual else 'ImageNet mean and std'}): "
-        "the file does not say how its images were prepared",
+        note=f"preprocessing assumed ({_as(usual, seen)}): the file does not say how its images were prepared",
     )
+
+
+def _as(usual: Card | None, seen: dict) -> str:
+    return f"as {usual.name}" if usual else "as the published ones'" if seen else "ImageNet mean and std"
