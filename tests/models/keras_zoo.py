@@ -56,8 +56,11 @@ def _tiny(name: str, fields: dict):
     return resnet.ResNet(stacks, False, True, name="resnet", weights_name="", **fields)
 
 
-def randomise(net, seed: int = 0):
-    """Random weights, statistics and layer scales; what prepares images is ImageNet's."""
+def randomise(net, images: np.ndarray, seed: int = 0):
+    """Random weights, norms and layer scales; statistics near those of the images; what prepares these is ImageNet's.
+
+    With statistics of nothing values grow or vanish from block to block, until gates are open or shut.
+    """
     rng = np.random.default_rng(seed)
     for layer in net.layers:
         if layer.name.startswith("normalization") and layer.weights:
@@ -76,6 +79,14 @@ def randomise(net, seed: int = 0):
                 inputs = np.prod(shape[: 2 if depthwise else -1])
                 value = rng.normal(0, (1.5 / inputs) ** 0.5, shape)
             variable.assign(value)
+    norms = [layer for layer in net.layers if hasattr(layer, "moving_mean")]
+    for layer in norms:
+        layer.momentum = 0.0
+    net(images, training=True)
+    for layer in norms:
+        mean, var = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
+        layer.moving_mean.assign(mean + 0.1 * rng.normal(0, 1, mean.shape) * np.sqrt(var))
+        layer.moving_variance.assign(var * rng.uniform(0.7, 1.4, var.shape))
 
 
 def photographs(size: int) -> np.ndarray:
