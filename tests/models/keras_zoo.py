@@ -82,7 +82,8 @@ def randomise(net, images: np.ndarray, seed: int = 0):
     norms = [layer for layer in net.layers if hasattr(layer, "moving_mean")]
     for layer in norms:
         layer.momentum = 0.0
-    net(images, training=True)
+    if norms:
+        net(images, training=True)
     for layer in norms:
         mean, var = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
         layer.moving_mean.assign(mean + 0.1 * rng.normal(0, 1, mean.shape) * np.sqrt(var))
