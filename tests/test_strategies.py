@@ -210,7 +210,7 @@ def test_norms_of_every_kind_are_found(kind, name):
     tree = {"block1": {name: params, "fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, "head": jnp.ones(2)}
     plan = plans.build(strategies.norms_only()(tuple(tree)), tree)
     assert {leaf.path for leaf in plan.trainable} == {f"block1/{name}/{leaf}" for leaf in params} | {"head"}
-    assert set(params) == ({"scale"} if kind == "rms" else {"scale", "bias"})
+    assert set(params) == {"rms": {"scale"}, "batch_bias": {"bias"}}.get(kind, {"scale", "bias"})
 
 
 # ---- the laws, on what decides: the first rule of each path

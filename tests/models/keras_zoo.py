@@ -20,6 +20,7 @@ PUBLISHED = {
     "keras_mobilenet_v3_small": ("MobileNetV3Small", "mobilenet_v3", 75),
     **{f"efficientnet_b{i}": (f"EfficientNetB{i}", "efficientnet", 75) for i in range(8)},
     **{f"tf_efficientnetv2_{s.lower()}": (f"EfficientNetV2{s}", "efficientnet_v2", 75) for s in "SML"},
+    "keras_inception_v3": ("InceptionV3", "inception_v3", 75),
     "keras_densenet121": ("DenseNet121", "densenet", 64),
     "keras_densenet169": ("DenseNet169", "densenet", 64),
     "keras_densenet201": ("DenseNet201", "densenet", 64),
@@ -30,7 +31,9 @@ TINY = {"keras_resnet_tiny": (None, "resnet", 33), "convnext_mini": (None, "conv
 
 def network(name: str, classes: int):
     """(Keras' network that is our model `name`, the function that prepares its images, pixels)."""
-    applications = pytest.importorskip("keras", reason=EXTRA).applications
+    keras = pytest.importorskip("keras", reason=EXTRA)
+    keras.utils.clear_session()  # layers without a name are counted from there
+    applications = keras.applications
     function, module, size = (PUBLISHED | TINY)[name]
     fields = {"weights": None, "input_shape": (size, size, 3), "classes": classes, "classifier_activation": None}
     if module == "efficientnet_v2":  # it would divide by 128, the card by 127.5

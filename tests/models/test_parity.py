@@ -1,6 +1,7 @@
 """Logits and gradients equal those of the PyTorch references on the same weights."""
 
 import functools
+
 import fetched
 import jax
 import numpy as np
