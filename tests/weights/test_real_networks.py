@@ -85,5 +85,4 @@ def test_the_main_job_runs_on_it(name, tmp_path):
     short = ["--config.train_for=30 steps", "--config.optim.warmup=10 %"]
     assert train.main([f"--config={CONFIG}:model={name}", *short, f"--workdir={tmp_path}"]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    print(name, summary)
-    assert summary["test/accuracy"] > 0.5
+    assert summary["test"]["accuracy"] > 0.6
