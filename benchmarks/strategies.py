@@ -145,9 +145,10 @@ def cost_of(names: list[str], workdir: Path, repeats: int = 5) -> dict[str, dict
     seconds = {key: [] for key in programs}
     for _ in range(repeats):
         for key, (compiled, state) in programs.items():
-            begun = time.perf_counter()
-            state, measured = compiled(state, batch)
-            jax.block_until_ready(measured)
+            for _ in range(2):  # the first finds the memory as another program has left it
+                begun = time.perf_counter()
+                state, measured = compiled(state, batch)
+                jax.block_until_ready(measured)
             seconds[key].append(time.perf_counter() - begun)
             programs[key] = (compiled, state)
     costs = {}
@@ -219,13 +220,17 @@ def picture(runs: dict[str, tuple[float, list[dict]]], costs: dict[str, dict], f
 
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+        named = []
         for name, (_, found) in runs.items():
             accuracy = [100 * s["test"]["accuracy"] for s in found]
             x, y, plan = costs[name]["flops"] / 1e9, np.mean(accuracy), found[0]["plan"]
             size = 20 + 180 * plan["trainable"] / plan["parameters"]
             axes.errorbar(x, y, np.std(accuracy, ddof=1), color="0.7", linewidth=1, zorder=1)
             axes.scatter(x, y, size, zorder=2)
-            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            beside = [other > y for at, other in named if abs(at - x) < 0.8 and abs(other - y) < 1.2]
+            named.append((x, y))
+            place = (6, -12 if any(beside) else 8 if beside else 4)  # away from a neighbour
+            axes.annotate(name, (x, y), xytext=place, textcoords="offset points", fontsize=8)
         axes.set(xlabel="GFLOP a step (compiler estimate)", ylabel="test accuracy, %")
         figure.savefig(file)
         pyplot.close(figure)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tljax import command, cost, experiment, plan
+from tljax.weights import CARDS
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -18,6 +19,21 @@ def test_it_has_a_plan_and_says_its_command(file):
     for phase in phases:
         exp.optimizer(phase, 675)
     assert f"python -m tljax.train --config=configs/{file.name}" in file.read_text()
+
+
+IN_PACKAGES = sorted({card.model for card in CARDS.values() if card.source.startswith(("package:", "npm:"))})
+
+
+@pytest.mark.parametrize("model", IN_PACKAGES)
+def test_the_main_job_takes_every_network_of_which_a_package_has_weights_and_none_of_its_norms(model):
+    (file,) = (file for file in CONFIGS if file.stem == "partial")
+    exp = experiment.build(command.from_command_line([f"--config={file}:model={model}"], "").config, 14)
+    ((_, found),) = exp.plans
+    norms = {leaf.path.rpartition("/")[0] for leaf in found.leaves if leaf.path.endswith("/scale")}
+    assert norms
+    assert not found.live_norms
+    assert not norms & {leaf.path.rpartition("/")[0] for leaf in found.trainable}
+    assert {leaf.path.split("/")[0] for leaf in found.trainable} == set(exp.model.stages[-3:])
 
 
 def test_the_plan_of_phases_is_told(capsys):

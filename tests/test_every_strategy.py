@@ -106,6 +106,7 @@ EXAMPLES = {
     "head_and": ("head_and('stem/conv/kernel')", lambda p: p == "stem/conv/kernel" or p in LAST),
     "biases_only": ("biases_only()", lambda p: p.endswith("bias") or p in LAST),
     "norms_only": ("norms_only(body=0.3)", lambda p: "/bn/" in p or p in LAST),
+    "frozen_norms": ("frozen_norms(partial(last=2))", lambda p: not p.startswith("stem/") and "/bn/" not in p),
     "attention_only": ("attention_only()", lambda p: "/attn/" in p or p in LAST),
     "first": ("first(rules(('**/bn', 0)), partial(last=2))", lambda p: not p.startswith("stem/") and "/bn/" not in p),
     "scaled": ("scaled(surgical('stem'), 0.5)", lambda p: p.startswith("stem/") or p in LAST),

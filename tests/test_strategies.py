@@ -83,6 +83,7 @@ def test_multipliers_by_stage(text, expected):
         ("head_and('**/se')", "rule '**/se' matches no parameter"),
         ("biases_only(body=0)", "expected a multiplier above 0"),
         ("norms_only()", "norm*"),  # this network has none
+        ("frozen_norms(full())", "norm*"),
         ("scaled(full(), 0)", "expected a factor above 0"),
         ("scaled(full(), -1)", "expected a factor above 0"),
         ("within('stem', frozen())", "the strategy counts stages"),
@@ -161,6 +162,25 @@ def test_norms_of_the_models_are_the_modules_that_have_a_scale(model):
     assert plan.live_norms == (norms if shapes["batch_stats"] else set())
 
 
+@pytest.mark.parametrize("model", [*NETWORKS, "keras_resnet_tiny"])
+@pytest.mark.parametrize("text", ["full()", "partial(last=2)"])
+def test_frozen_norms_leave_out_norms_alone(model, text):
+    """Also where one is a stage of its own, of which the strategy would have a rule, or beside a shortcut."""
+    model = models.create(model, 3)
+    shapes = models.shapes(model)
+
+    def trainable(text):
+        strategy = strategies.parse(text)
+        plan = plans.build(strategy(model.stages), shapes["params"], shapes["batch_stats"], model.stages)
+        return {leaf.path for leaf in plan.trainable}, plan.live_norms
+
+    found, live = trainable(f"frozen_norms({text})")
+    every, _ = trainable(text)
+    norms = {path.rpartition("/")[0] for path in every if path.endswith("/scale")}
+    assert every - found == {path for path in every if path.rpartition("/")[0] in norms} != set()
+    assert not live
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -190,7 +210,7 @@ def test_norms_of_every_kind_are_found(kind, name):
     tree = {"block1": {name: params, "fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, "head": jnp.ones(2)}
     plan = plans.build(strategies.norms_only()(tuple(tree)), tree)
     assert {leaf.path for leaf in plan.trainable} == {f"block1/{name}/{leaf}" for leaf in params} | {"head"}
-    assert set(params) == ({"scale"} if kind == "rms" else {"scale", "bias"})
+    assert set(params) == {"rms": {"scale"}, "batch_bias": {"bias"}}.get(kind, {"scale", "bias"})
 
 
 # ---- the laws, on what decides: the first rule of each path

@@ -10,8 +10,8 @@ from tljax.errors import UserError
 def locate(source: str, what: str, install: str = "") -> Path:
     """The file or folder of "package:<package>/<path within>", "file:<path>" or a path; of "gs://…" a local copy.
 
-    Raises UserError, which begins with `what`, where there is none; `install` is what to give to
-    `pip install` for the package, by default its name.
+    That of "npm:<package>@<version>/<path within>" is fetched. Raises UserError, which begins with `what`, where
+    there is none; `install` is what to give to `pip install` for the package, by default its name.
     """
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")
@@ -27,6 +27,10 @@ def locate(source: str, what: str, install: str = "") -> Path:
         if not path.exists():
             raise UserError(f"{what}: the package {package} is installed but holds no {inside}")
         return path
+    if source.startswith("npm:"):
+        from tljax import npm
+
+        return npm.locate(source, what)
     if "://" in source and not source.startswith("file:"):
         from tljax import remote
 

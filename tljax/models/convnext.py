@@ -112,7 +112,7 @@ def create(name: str, **fields) -> ConvNeXt:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The tables for state dicts of timm, torchvision, Hugging Face transformers and the authors."""
+    """The tables for state dicts of timm, torchvision, Hugging Face transformers and the authors, and for Keras."""
     depths = VARIANTS[name].depths
 
     def numbered(rows, level):
@@ -125,6 +125,8 @@ def conversion(name: str) -> dict[str, naming.Table]:
         "torchvision": numbered(_torchvision(), lambda match: int(match[1]) // 2),
         "transformers": numbered(_transformers(), of_level),
         "facebook": numbered(_facebook(), of_level),
+        # Keras counts what downsamples to a level from 0, as it does levels.
+        "keras": numbered(_keras(), lambda match: int(match[1]) + (match.re.groups == 1)),
     }
 
 
@@ -177,3 +179,23 @@ def _facebook() -> list[naming.Row]:
         (f"{stem}0", f"{stem}1"), (f"{down}1", f"{down}0"), block, "dwconv", "norm", "pwconv1", "pwconv2", "gamma",
         "norm", "head",
     )  # fmt: skip
+
+
+def _keras() -> list[naming.Row]:
+    # convnext_tiny_stage_0_block_0_depthwise_conv: the model's name comes first.
+    down, block = r"\w+_downsampling_{}_(\d+)", r"\w+_stage_(\d+)_block_(\d+)_"
+    return [
+        *naming.keras_preprocessing(),
+        *naming.keras_layer(r"\w+_stem_conv", "stem/conv"),
+        *naming.keras_norm(r"\w+_stem_layernorm", "stem/norm"),
+        *naming.keras_layer(down.format("conv"), "block{}/downsample_conv"),
+        *naming.keras_norm(down.format("layernorm"), "block{}/downsample_norm"),
+        *naming.keras_layer(f"{block}depthwise_conv", "block{}/depthwise_conv"),
+        *naming.keras_norm(f"{block}layernorm", "block{}/norm"),
+        *naming.keras_layer(f"{block}pointwise_conv_1", "block{}/mlp/fc1"),
+        *naming.keras_layer(f"{block}pointwise_conv_2", "block{}/mlp/fc2"),
+        # Keras 3 gives this variable no name of its own.
+        *naming.keras(f"{block}layer_scale", {r"(?:gamma|variable\w*)": ("params/block{}/layer_scale/gamma", "same")}),
+        *naming.keras_norm(r"\w+_head_layernorm", "norm"),
+        *naming.keras_layer(r"\w+_head_dense", "head"),
+    ]

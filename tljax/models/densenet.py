@@ -13,11 +13,15 @@ from tljax.models.chain import Chain
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One published network: channels that a dense layer adds, dense layers between the transitions."""
+    """One published network: channels that a dense layer adds, dense layers between the transitions.
+
+    Keras' are other networks than torchvision's: they differ in the epsilon and momentum of the norms.
+    """
 
     growth: int
     depths: tuple[int, ...]
     size: int = 224
+    keras: bool = False
 
     def stages(self) -> tuple[str, ...]:
         """stem, block1, ..., transition1, ..., norm, head: a block is one dense layer."""
@@ -34,6 +38,9 @@ VARIANTS = {
     "densenet161": Variant(48, (6, 12, 36, 24)),
     "densenet169": Variant(32, (6, 12, 32, 32)),
     "densenet201": Variant(32, (6, 12, 48, 32)),
+    "keras_densenet121": Variant(32, (6, 12, 24, 16), keras=True),
+    "keras_densenet169": Variant(32, (6, 12, 32, 32), keras=True),
+    "keras_densenet201": Variant(32, (6, 12, 48, 32), keras=True),
     # Not published: for tests.
     "densenet_mini": Variant(8, (2, 3, 2), size=32),
 }
@@ -97,7 +104,8 @@ class DenseNet(Chain):
 
     def stage(self, name: str) -> nn.Module:
         """The module of one stage."""
-        common, growth = layers.Common(self.dtype, self.param_dtype, self.axis_name), self.variant.growth
+        norms = {"epsilon": 1.001e-5, "momentum": 0.99} if self.variant.keras else {}
+        common, growth = layers.Common(self.dtype, self.param_dtype, self.axis_name, **norms), self.variant.growth
         if name == "stem":
             return Stem(common, 2 * growth, name=name)
         if name == "norm":
@@ -120,8 +128,13 @@ def create(name: str, **fields) -> DenseNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The table for torchvision's state dicts, whose layers are numbered anew in each group; timm's are the same."""
+    """The table for torchvision's state dicts, whose layers are numbered anew in each group; timm's are the same.
+
+    For Keras' networks that of Keras.
+    """
     depths = VARIANTS[name].depths
+    if VARIANTS[name].keras:
+        return {"keras": _keras(depths)}
     # Published files of torchvision still have the older norm.1 for norm1.
     layer, change = r"features\.denseblock(\d+)\.denselayer(\d+)\.", r"features\.transition(\d+)\."
     rows = [(r"features\.conv0\.weight", "params/stem/conv/kernel", "conv")]
@@ -142,3 +155,27 @@ def conversion(name: str) -> dict[str, naming.Table]:
 
     table = naming.table(rows, number)
     return {"torchvision": table, "timm": table}
+
+
+def _keras(depths: tuple[int, ...]) -> naming.Table:
+    # conv2_block1_0_bn, …: the stem is conv1, so that groups and transitions count from 2.
+    layer = r"conv(\d+)_block(\d+)_"
+    rows = [
+        *naming.keras_layer("conv1[_/]conv", "stem/conv", use_bias=False),
+        *naming.keras_batch_norm("conv1[_/]bn", "stem/norm"),
+    ]
+    for i in (1, 2):
+        rows += naming.keras_batch_norm(f"{layer}{i - 1}_bn", f"block{{}}/norm{i}")
+        rows += naming.keras_layer(f"{layer}{i}_conv", f"block{{}}/conv{i}", use_bias=False)
+    rows += [
+        *naming.keras_layer(r"pool(\d+)_conv", "transition{}/conv", use_bias=False),
+        *naming.keras_batch_norm(r"pool(\d+)_bn", "transition{}/norm"),
+        *naming.keras_batch_norm("bn", "norm"),
+        *naming.keras_head(),
+    ]
+
+    def number(match):
+        group = int(match[1]) - 1
+        return sum(depths[: group - 1]) + int(match[2]) if match.re.groups > 1 else group
+
+    return naming.table(rows, number)

@@ -49,7 +49,7 @@ class Variant:
     stem: int = 32
     top: int = 1280
     same: bool = True
-    namings: tuple[str, ...] = ("efficientnet_pytorch",)
+    namings: tuple[str, ...] = ("efficientnet_pytorch", "keras")
 
     @property
     def act(self) -> str:
@@ -93,7 +93,7 @@ _S = Variant(
         Group(15, 3, 2, 6, 256),
     ),
     stem=24,
-    namings=("timm",),
+    namings=("timm", "keras"),
 )
 _M = dataclasses.replace(
     _S,
@@ -161,6 +161,7 @@ VARIANTS = {
         groups=(Group(1, 3, 1, 1, 8), Group(2, 3, 2, 2, 16), Group(1, 5, 2, 2, 24)),
         stem=8,
         top=32,
+        namings=("efficientnet_pytorch",),
     ),
     "efficientnetv2_tiny": Variant(
         1.0,
@@ -208,9 +209,9 @@ def create(name: str, **fields) -> EfficientNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The tables for the packages efficientnet_pytorch and efficientnet_lite_pytorch, for timm and torchvision."""
+    """The tables for the packages efficientnet_pytorch and efficientnet_lite_pytorch, timm, torchvision and Keras."""
     variant = VARIANTS[name]
-    return {source: _ROWS[source](variant) for source in variant.namings}
+    return {source: _ROWS[source](variant) for source in variant.namings if not (variant.lite and source == "keras")}
 
 
 def _efficientnet_pytorch(v: Variant) -> naming.Table:
@@ -250,4 +251,32 @@ def _torchvision(v: Variant) -> naming.Table:
     )
 
 
-_ROWS = {"efficientnet_pytorch": _efficientnet_pytorch, "timm": _timm, "torchvision": _torchvision}
+def _keras(v: Variant) -> naming.Table:
+    blocks = v.blocks()
+    parts = {
+        **{f"{part}_conv": f"{part}_conv" for part in ("expand", "project")},
+        **{"expand_bn": "bn0", "bn": "bn1", "project_bn": "bn2", "se_reduce": "se_reduce", "se_expand": "se_expand"},
+        **{"dwconv": "depthwise_conv", "dwconv2": "depthwise_conv"},
+    }
+    # block2a, block2b, …
+    stages = {
+        f"{group + 1}{chr(ord('a') + i)}": (f"block{n}", parts)
+        for n, (group, i) in enumerate(inverted.places(blocks), 1)
+    }
+    return (
+        *naming.keras_preprocessing(),
+        *inverted.keras_rows(r"block(\d+[a-z])_", stages),
+        *naming.keras_layer("stem_conv", "stem/conv", use_bias=False),
+        *naming.keras_batch_norm("stem_bn", "stem/bn"),
+        *naming.keras_layer("top_conv", "top/conv", use_bias=False),
+        *naming.keras_batch_norm("top_bn", "top/bn"),
+        *naming.keras_head(),
+    )
+
+
+_ROWS = {
+    "efficientnet_pytorch": _efficientnet_pytorch,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "keras": _keras,
+}

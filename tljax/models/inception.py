@@ -1,4 +1,4 @@
-"""Inception-v3 (Szegedy et al. 2016) as torchvision and timm have it."""
+"""Inception-v3 (Szegedy et al. 2016) as torchvision and timm have it, and as Keras."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,16 +16,21 @@ Branch = tuple[Conv | str | tuple[Conv, ...], ...]  # in order; "max" and "avera
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One network: a divisor of all widths, and whether it has the auxiliary head."""
+    """One network: a divisor of all widths, and whether it has the auxiliary head.
+
+    Keras' averages leave the padding out, and its norms have no scale.
+    """
 
     auxiliary: bool = False
     divisor: int = 1
     size: int = 299
+    keras: bool = False
 
 
 VARIANTS = {
     "inception_v3": Variant(),
     "inception_v3_aux": Variant(auxiliary=True),
+    "keras_inception_v3": Variant(keras=True),
     # Not published: for tests.
     "inception_tiny": Variant(divisor=16, size=96),
 }
@@ -142,6 +147,7 @@ class Branches(nn.Module):
     common: layers.Common
     branches: tuple[Branch, ...]
     divisor: int = 1
+    padding_counts: bool = True  # in averages
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
@@ -157,8 +163,8 @@ class Branches(nn.Module):
         for layer in branch:
             if layer == "max":
                 x = nn.max_pool(x, (3, 3), (2, 2))
-            elif layer == "average":  # the padding counts
-                x = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)))
+            elif layer == "average":
+                x = nn.avg_pool(x, (3, 3), (1, 1), ((1, 1), (1, 1)), self.padding_counts)
             elif isinstance(layer[0], tuple):
                 x = jnp.concatenate([self.along((fork,), x, live) for fork in layer], axis=-1)
             else:
@@ -215,16 +221,17 @@ class InceptionV3(Chain):
 
     def stage(self, name: str) -> nn.Module:
         """The module of one stage."""
-        common = layers.Common(self.dtype, self.param_dtype, self.axis_name, epsilon=1e-3)
         v = self.variant
+        norms = {"norm": "batch_bias", "momentum": 0.99} if v.keras else {}
+        common = layers.Common(self.dtype, self.param_dtype, self.axis_name, epsilon=1e-3, **norms)
         if name == "stem":
             return Branches(common, (tuple(STEM.values()),), v.divisor, name=name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         branches = tuple(BLOCKS.values())[int(name.removeprefix("block")) - 1]
         if v.auxiliary and name == AUXILIARY:
-            return WithAuxiliary(common, branches, v.divisor, self.num_classes, name=name)
-        return Branches(common, branches, v.divisor, name=name)
+            return WithAuxiliary(common, branches, v.divisor, classes=self.num_classes, name=name)
+        return Branches(common, branches, v.divisor, not v.keras, name=name)
 
 
 def create(name: str, **fields) -> InceptionV3:
@@ -234,7 +241,12 @@ def create(name: str, **fields) -> InceptionV3:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The table for torchvision's and timm's state dicts; without an auxiliary head here, theirs is left out."""
+    """The table for torchvision's and timm's state dicts; without an auxiliary head here, theirs is left out.
+
+    For Keras, which counts layers and has begun with 0 and with 1, two.
+    """
+    if VARIANTS[name].keras:
+        return {"keras": _keras(0), "keras_old": _keras(1)}
     number = {published: i for i, published in enumerate(BLOCKS, 1)}
     stem = {published: layer[0] for published, layer in STEM.items() if layer != "max"}
     conv, mixed = rf"Conv2d_({'|'.join(stem)})\.", rf"Mixed_({'|'.join(BLOCKS)})\.(\w+)\."
@@ -255,3 +267,23 @@ def conversion(name: str) -> dict[str, naming.Table]:
             *naming.dense(r"AuxLogits\.fc", f"{AUXILIARY}/aux/fc"),
         )
     }
+
+
+def _keras(first: int) -> naming.Table:
+    def convs(layers):
+        for layer in layers:
+            if isinstance(layer[0], tuple):
+                yield from convs(layer)
+            elif not isinstance(layer, str):
+                yield layer[0]
+
+    paths = [f"stem/{name}" for name in convs(STEM.values())]
+    paths += [f"block{i}/{name}" for i, block in enumerate(BLOCKS.values(), 1) for b in block for name in convs(b)]
+    # conv2d, conv2d_1, …, in the order in which they are written above; a norm has its convolution's number.
+    number = {f"_{i}" if i else "": path for i, path in enumerate(paths, first)}
+    numbers = "|".join(number)
+    rows = [
+        *naming.keras_layer(f"conv2d({numbers})", "{}/conv", use_bias=False),
+        *naming.keras_batch_norm(f"batch_normalization({numbers})", "{}/bn", scaled=False),
+    ]
+    return (*naming.table(rows, lambda match: number[match[1]]), *naming.keras_head())

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -102,11 +102,17 @@ def places(blocks: Sequence[Block]) -> list[tuple[int, int]]:
     return [(g, i) for g, (_, run) in enumerate(itertools.groupby(b.out for b in blocks)) for i, _ in enumerate(run)]
 
 
-def part_rows(prefix: str, stages: Mapping[str, tuple[str, Mapping[str, str]]]) -> list[naming.Row]:
+def part_rows(
+    prefix: str,
+    stages: Mapping[str | None, tuple[str, Mapping[str, str]]],
+    conv: Callable[[str, str, bool], list[naming.Row]] = naming.conv,
+    norm: Callable[[str, str], list[naming.Row]] = naming.batch_norm,
+) -> list[naming.Row]:
     """The rows for names `prefix`, part: each in one row for all stages, whatever the part is called with us.
 
     stages: what the group in `prefix` matches → (our stage, {part as the source calls it: as we do}). A part is a
-    norm if ours is called bn…, else a convolution. What is nowhere leads to a path that no model has.
+    norm if ours is called bn…, else a convolution. What is nowhere leads to a path that no model has. conv, norm: what
+    writes their rows, from name, path and whether there is a bias.
     """
 
     def target(part):
@@ -119,9 +125,19 @@ def part_rows(prefix: str, stages: Mapping[str, tuple[str, Mapping[str, str]]]) 
     rows = []
     for part, ours in dict(item for _, parts in stages.values() for item in parts.items()).items():
         at = prefix + re.escape(part)
-        found = naming.batch_norm(at, "{}") if ours.startswith("bn") else naming.conv(at, "{}", ours.startswith("se_"))
+        found = norm(at, "{}") if ours.startswith("bn") else conv(at, "{}", ours.startswith("se_"))
         rows += naming.table(found, target(part))
     return rows
+
+
+def keras_rows(prefix: str, stages: Mapping[str | None, tuple[str, Mapping[str, str]]]) -> list[naming.Row]:
+    """As `part_rows`, of Keras' layers."""
+
+    def conv(source, target, use_bias):
+        transform = "depthwise" if re.search("depthwise|dwconv", source) else "same"
+        return naming.keras_layer(source, target, use_bias, transform)
+
+    return part_rows(prefix, stages, conv, naming.keras_batch_norm)
 
 
 # What timm calls the convolutions of a block, by whether it is fused and whether it expands.

@@ -10,6 +10,7 @@ serves all.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -170,12 +171,14 @@ class BatchNorm(nn.Module):
     """
 
     common: Common
+    scaled: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [batch, height, width, channels]; statistics are computed in float32."""
         c, channels = self.common, x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, channels, c.param_dtype)
+        ones = nn.initializers.ones
+        scale = self.param("scale", ones, channels, c.param_dtype) if self.scaled else jnp.ones(channels)
         bias = self.param("bias", nn.initializers.zeros, channels, c.param_dtype)
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         stored_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -265,7 +268,13 @@ class RMSNorm(nn.Module):
         return (x * scale.astype(jnp.float32)).astype(c.dtype)
 
 
-NORMS = {"batch": BatchNorm, "group": GroupNorm, "layer": LayerNorm, "rms": RMSNorm}
+NORMS = {
+    "batch": BatchNorm,
+    "batch_bias": partial(BatchNorm, scaled=False),
+    "group": GroupNorm,
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+}
 
 
 def norm(common: Common, name: str) -> nn.Module:

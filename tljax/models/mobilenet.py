@@ -1,4 +1,4 @@
-"""MobileNet v2 (Sandler et al. 2018) and v3 (Howard et al. 2019), with symmetric padding as in torchvision and timm."""
+"""MobileNet v2 (Sandler et al. 2018) and v3 (Howard et al. 2019), as in torchvision and timm, and as in Keras."""
 
 import dataclasses
 
@@ -15,7 +15,8 @@ from tljax.models.inverted import Block
 class Variant:
     """One published network: its blocks, channels of stem and top, of the dense layer before the head (v3; 0: none).
 
-    torchvision's v3 and timm's are two networks: they differ in the epsilon and momentum of the norms.
+    torchvision's v3 and timm's are two networks: they differ in the epsilon and momentum of the norms. Keras' pad as
+    TensorFlow does (`same`), the others symmetrically.
     """
 
     blocks: tuple[Block, ...]
@@ -26,6 +27,7 @@ class Variant:
     epsilon: float = 1e-5
     momentum: float = 0.9
     size: int = 224
+    same: bool = False
     namings: tuple[str, ...] = ("torchvision", "timm")
 
 
@@ -100,25 +102,31 @@ _SMALL = dataclasses.replace(
 )
 _TIMM = {"epsilon": 1e-5, "momentum": 0.9, "namings": ("timm",)}
 
-VARIANTS = {
-    "mobilenet_v2": Variant(
-        _v2(
-            32,
-            (1, 16, 1, 1),
-            (6, 24, 2, 2),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        ),
-        stem=32,
-        top=1280,
+_KERAS = {"epsilon": 1e-3, "momentum": 0.999, "same": True, "namings": ("keras",)}
+_V2 = Variant(
+    _v2(
+        32,
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
     ),
+    stem=32,
+    top=1280,
+)
+
+VARIANTS = {
+    "mobilenet_v2": _V2,
     "mobilenet_v3_large": _LARGE,
     "mobilenet_v3_small": _SMALL,
     "mobilenetv3_large_100": dataclasses.replace(_LARGE, **_TIMM),
     "mobilenetv3_small_100": dataclasses.replace(_SMALL, **_TIMM),
+    "keras_mobilenet_v2": dataclasses.replace(_V2, **_KERAS),
+    "keras_mobilenet_v3_large": dataclasses.replace(_LARGE, **_KERAS),
+    "keras_mobilenet_v3_small": dataclasses.replace(_SMALL, **_KERAS),
     # Not published: for tests.
     "mobilenet_v2_tiny": Variant(_v2(8, (1, 8, 1, 1), (2, 16, 2, 2), (2, 24, 1, 1)), stem=8, top=1280, size=32),
     "mobilenet_v3_tiny": dataclasses.replace(
@@ -162,15 +170,15 @@ class MobileNet(Chain):
         v = self.variant
         common = layers.Common(self.dtype, self.param_dtype, self.axis_name, epsilon=v.epsilon, momentum=v.momentum)
         if name == "stem":
-            return inverted.ConvNormAct(common, v.act, v.stem, size=3, stride=2, same=False, name=name)
+            return inverted.ConvNormAct(common, v.act, v.stem, size=3, stride=2, same=v.same, name=name)
         if name == "top":
-            return inverted.ConvNormAct(common, v.act, v.top, same=False, name=name)
+            return inverted.ConvNormAct(common, v.act, v.top, same=v.same, name=name)
         if name == "hidden":
             return PooledDense(common, v.hidden, name=name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
         i = int(name.removeprefix("block")) - 1
-        return inverted.MBConv(common, v.blocks[i], False, self.drop_path_rate * i / len(v.blocks), name=name)
+        return inverted.MBConv(common, v.blocks[i], v.same, self.drop_path_rate * i / len(v.blocks), name=name)
 
 
 def create(name: str, **fields) -> MobileNet:
@@ -180,7 +188,7 @@ def create(name: str, **fields) -> MobileNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The tables for torchvision's state dicts and for timm's."""
+    """The tables for torchvision's state dicts, for timm's, and for Keras' weights."""
     variant = VARIANTS[name]
     return {source: _ROWS[source](variant) for source in variant.namings}
 
@@ -228,4 +236,37 @@ def _timm(v: Variant) -> naming.Table:
     )
 
 
-_ROWS = {"torchvision": _torchvision, "timm": _timm}
+def _keras(v: Variant) -> naming.Table:
+    if not v.hidden:
+        parts = {"expand": "expand_conv", "depthwise": "depthwise_conv", "project": "project_conv"}
+        parts |= {"expand_BN": "bn0", "depthwise_BN": "bn1", "project_BN": "bn2"}
+        stages = {
+            f"block_{n - 1}" if n > 1 else "expanded_conv": (f"block{n}", parts) for n in range(1, len(v.blocks) + 1)
+        }
+        return (
+            *inverted.keras_rows(r"(expanded_conv|block_\d+)_", stages),
+            *naming.keras_layer("Conv1", "stem/conv", use_bias=False),
+            *naming.keras_batch_norm("bn_Conv1", "stem/bn"),
+            *naming.keras_layer("Conv_1", "top/conv", use_bias=False),
+            *naming.keras_batch_norm("Conv_1_bn", "top/bn"),
+            *naming.keras_head(),
+        )
+    # As Keras 3 calls them, and as Keras 2 did: expanded_conv_1_depthwise_bn, expanded_conv_1/depthwise/BatchNorm.
+    parts = {}
+    for part, bn in (("expand", "bn0"), ("depthwise", "bn1"), ("project", "bn2")):
+        parts |= {part: f"{part}_conv", f"{part}_bn": bn, f"{part}/BatchNorm": bn}
+    for i, part in (("", "se_reduce"), ("_1", "se_expand")):
+        parts |= {f"squeeze_excite_conv{i}": part, f"squeeze_excite/Conv{i}": part}
+    stages = {str(n - 1) if n > 1 else None: (f"block{n}", parts) for n in range(1, len(v.blocks) + 1)}
+    return (
+        *inverted.keras_rows(r"expanded_conv(?:_(\d+))?[_/]", stages),
+        *naming.keras_layer("[Cc]onv", "stem/conv", use_bias=False),
+        *naming.keras_batch_norm("(?:conv_bn|Conv/BatchNorm)", "stem/bn"),
+        *naming.keras_layer("[Cc]onv_1", "top/conv", use_bias=False),
+        *naming.keras_batch_norm("(?:conv_1_bn|Conv_1/BatchNorm)", "top/bn"),
+        *naming.keras_layer("[Cc]onv_2", "hidden/dense", transform="squeezed"),
+        *naming.keras_head("squeezed"),
+    )
+
+
+_ROWS = {"torchvision": _torchvision, "timm": _timm, "keras": _keras}

@@ -3,11 +3,13 @@
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
 tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat" (a convolution over the whole image, OIHW,
-to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), "vector" (all axes as one).
+to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), "vector" (all axes as one),
+and of Keras, whose arrays are HWIO and IO already: "bgr" (a first convolution's input channels turned round),
+"depthwise" (HWCM to HWMC), "rows_first" (a linear map of a flattened image of 7x7 pixels, HWC to CHW).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Target = str | Callable[[re.Match], str] | None
 Row = tuple[str, Target | tuple[Target, ...], str]
@@ -78,3 +80,46 @@ def dense(
         (source + weight, one_or_all(part("kernel")), transform),
         (source + bias, one_or_all(part("bias")), "same"),
     ]
+
+
+def keras(layer: str, variables: Mapping[str, tuple[Target, str]]) -> list[Row]:
+    """The rows of a Keras layer's variables, in its order: name → (target, transform).
+
+    A variable is `layer/name` in TensorFlow.js, `layer/layer/name:0` in the `.h5` of Keras 2, the same without its
+    `:0` in that of Keras 3, and `layers/layer/0`, `…/1` as `weights.hdf5` reads its `.weights.h5`.
+    """
+    return [
+        (rf"(?:.+/)?{layer}/(?:{name}(?::0)?|{i})", target, transform)
+        for i, (name, (target, transform)) in enumerate(variables.items())
+    ]
+
+
+def keras_layer(layer: str, target: str, use_bias: bool = True, transform: str = "same") -> list[Row]:
+    """The rows of a Keras convolution or dense layer."""
+    # In Keras 2 a depthwise convolution's kernel has a name of its own.
+    kernel = "(?:depthwise_)?kernel" if transform == "depthwise" else "kernel"
+    bias = {"bias": (f"params/{target}/bias", "same")} if use_bias else {}
+    return keras(layer, {kernel: (f"params/{target}/kernel", transform), **bias})
+
+
+def keras_norm(layer: str, target: str) -> list[Row]:
+    """The rows of a Keras LayerNormalization."""
+    return keras(layer, {"gamma": (f"params/{target}/scale", "same"), "beta": (f"params/{target}/bias", "same")})
+
+
+def keras_batch_norm(layer: str, target: str, scaled: bool = True) -> list[Row]:
+    """The rows of a Keras BatchNormalization, which may have no scale."""
+    scale = {"gamma": (f"params/{target}/scale", "same")} if scaled else {}
+    mean, var = (f"batch_stats/{target}/{which}" for which in ("mean", "var"))
+    rest = {"beta": (f"params/{target}/bias", "same"), "moving_mean": (mean, "same"), "moving_variance": (var, "same")}
+    return keras(layer, scale | rest)
+
+
+def keras_head(transform: str = "same") -> list[Row]:
+    """The rows of the last layer, whatever Keras has called it over the years."""
+    return keras_layer("(?:predictions|probs|fc1000|[Ll]ogits)", "head", transform=transform)
+
+
+def keras_preprocessing() -> list[Row]:
+    """The rows of the Normalization within some networks: of images, which the card's mean and std prepare here."""
+    return keras(r"normalization(?:_\d+)?", dict.fromkeys(("mean", "variance", "count"), (None, "same")))

@@ -1,6 +1,7 @@
-"""ResNet (He et al. 2015) as v1.5, ResNeXt (Xie et al. 2017) and Wide ResNet (Zagoruyko & Komodakis 2016).
+"""ResNet (He et al. 2015) as v1.5 and v1, ResNeXt (Xie et al. 2017) and Wide ResNet (Zagoruyko & Komodakis 2016).
 
-v1.5: a bottleneck strides in its 3x3 convolution, as in torchvision and timm.
+v1.5: a bottleneck strides in its 3x3 convolution, as in torchvision and timm. v1, as published and as in Keras: in its
+first 1x1 convolution.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from tljax.models.chain import Chain
 class Variant:
     """Blocks in each of the layers, whether they are bottlenecks, channels of the first layer.
 
-    A bottleneck's 3x3 convolution is divided into `groups`; it has `wide` times the block's channels.
+    A bottleneck's 3x3 convolution is divided into `groups`; it has `wide` times the block's channels. In v1 its first
+    convolution strides. Keras' convolutions are `biased`.
     """
 
     depths: tuple[int, ...]
@@ -26,6 +28,11 @@ class Variant:
     norm: str = "batch"
     groups: int = 1
     wide: float = 1.0
+    v1: bool = False
+    biased: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    naming: str = "torchvision"
 
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """(channels, stride) of each block: a layer doubles the channels and, but for the first, strides."""
@@ -35,6 +42,8 @@ class Variant:
             for i in range(depth)
         )
 
+
+_KERAS = {"bottleneck": True, "v1": True, "biased": True, "epsilon": 1.001e-5, "momentum": 0.99, "naming": "keras"}
 
 VARIANTS = {
     "resnet18": Variant((2, 2, 2, 2), bottleneck=False),
@@ -48,9 +57,15 @@ VARIANTS = {
     "resnext101_64x4d": Variant((3, 4, 23, 3), bottleneck=True, groups=64, wide=64 * 4 / 64),
     "wide_resnet50_2": Variant((3, 4, 6, 3), bottleneck=True, wide=2.0),
     "wide_resnet101_2": Variant((3, 4, 23, 3), bottleneck=True, wide=2.0),
+    "keras_resnet50": Variant((3, 4, 6, 3), **_KERAS),
+    "keras_resnet101": Variant((3, 4, 23, 3), **_KERAS),
+    "keras_resnet152": Variant((3, 8, 36, 3), **_KERAS),
+    # As Keras had it until 2019: another epsilon, other names.
+    "keras_resnet50_old": Variant((3, 4, 6, 3), **(_KERAS | {"epsilon": 1e-3, "naming": "keras_old"})),
     # Not published: for tests.
     "resnet_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32),
     "resnext_tiny": Variant((1, 1, 1), bottleneck=True, width=8, size=32, groups=4, wide=2.0),
+    "keras_resnet_tiny": Variant((1, 1), size=32, **_KERAS),
     "groupnorm_tiny": Variant((1, 1, 1), bottleneck=False, width=8, size=32, norm="group"),
 }
 
@@ -60,11 +75,12 @@ class Stem(nn.Module):
 
     common: layers.Common
     features: int
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [batch, height, width, 3] -> [batch, height / 4, width / 4, features]."""
-        x = layers.Conv(self.common, self.features, 7, 2, padding=3, name="conv1")(x)
+        x = layers.Conv(self.common, self.features, 7, 2, padding=3, use_bias=self.biased, name="conv1")(x)
         x = jax.nn.relu(layers.norm(self.common, "bn1")(x, live))
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
@@ -79,6 +95,8 @@ class Block(nn.Module):
     drop_path_rate: float
     groups: int = 1
     wide: float = 1.0
+    v1: bool = False
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
@@ -87,15 +105,16 @@ class Block(nn.Module):
         out = 4 * n if self.bottleneck else n
         if self.bottleneck:
             within = int(n * self.wide)
-            convs = ((within, 1, 1, 1), (within, 3, self.stride, self.groups), (out, 1, 1, 1))
+            first, second = (self.stride, 1) if self.v1 else (1, self.stride)
+            convs = ((within, 1, first, 1), (within, 3, second, self.groups), (out, 1, 1, 1))
         else:
             convs = ((n, 3, self.stride, 1), (n, 3, 1, 1))
         for i, (features, size, stride, groups) in enumerate(convs, 1):
             x = jax.nn.relu(x) if i > 1 else x
-            x = layers.Conv(c, features, size, stride, size // 2, groups, name=f"conv{i}")(x)
+            x = layers.Conv(c, features, size, stride, size // 2, groups, self.biased, name=f"conv{i}")(x)
             x = layers.norm(c, f"bn{i}")(x, live)
         if inputs.shape[-1] != out or self.stride != 1:
-            inputs = layers.Conv(c, out, 1, self.stride, padding=0, name="downsample_conv")(inputs)
+            inputs = layers.Conv(c, out, 1, self.stride, 0, use_bias=self.biased, name="downsample_conv")(inputs)
             inputs = layers.norm(c, "downsample_bn")(inputs, live)
         if self.drop_path_rate and "/".join(self.path) in live:
             x = layers.drop(self, x, self.drop_path_rate, c.axis_name, whole=True)
@@ -114,18 +133,19 @@ class ResNet(Chain):
 
     def stage(self, name: str) -> nn.Module:
         """The module of one stage."""
+        v = self.variant
         common = layers.Common(
-            self.dtype, self.param_dtype, self.axis_name, norm=self.variant.norm, epsilon=1e-5, momentum=0.9
+            self.dtype, self.param_dtype, self.axis_name, norm=v.norm, epsilon=v.epsilon, momentum=v.momentum
         )
         if name == "stem":
-            return Stem(common, self.variant.width, name=name)
+            return Stem(common, v.width, v.biased, name=name)
         if name == "head":
             return layers.Head(common, self.num_classes, self.drop_rate, name=name)
-        blocks, i = self.variant.blocks(), int(name.removeprefix("block")) - 1
+        blocks, i = v.blocks(), int(name.removeprefix("block")) - 1
         channels, stride = blocks[i]
         drop_path_rate = self.drop_path_rate * i / len(blocks)
-        v = self.variant
-        return Block(common, channels, stride, v.bottleneck, drop_path_rate, v.groups, v.wide, name=name)
+        fields = (v.groups, v.wide, v.v1, v.biased)
+        return Block(common, channels, stride, v.bottleneck, drop_path_rate, *fields, name=name)
 
 
 def create(name: str, **fields) -> ResNet:
@@ -135,16 +155,15 @@ def create(name: str, **fields) -> ResNet:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The table for torchvision's and timm's state dicts, whose blocks are numbered anew in each layer."""
-    depths = VARIANTS[name].depths
+    """The table for torchvision's and timm's state dicts, or for Keras' weights."""
+    variant = VARIANTS[name]
+    return {variant.naming: _ROWS[variant.naming](variant)}
 
-    def number(match):
-        layer, i = int(match[1]), int(match[2])
-        return sum(depths[: layer - 1]) + i + 1
 
+def _torchvision(v: Variant) -> naming.Table:
     block = r"layer(\d+)\.(\d+)\."
     rows = [(r"conv1\.weight", "params/stem/conv1/kernel", "conv"), *naming.batch_norm("bn1", "stem/bn1")]
-    for i in (1, 2, 3) if VARIANTS[name].bottleneck else (1, 2):
+    for i in (1, 2, 3) if v.bottleneck else (1, 2):
         rows.append((rf"{block}conv{i}\.weight", f"params/block{{}}/conv{i}/kernel", "conv"))
         rows += naming.batch_norm(f"{block}bn{i}", f"block{{}}/bn{i}")
     rows += [
@@ -153,4 +172,40 @@ def conversion(name: str) -> dict[str, naming.Table]:
         (r"fc\.weight", "params/head/kernel", "linear"),
         (r"fc\.bias", "params/head/bias", "same"),
     ]
-    return {"torchvision": naming.table(rows, number)}
+    # Blocks are numbered anew in each layer.
+    return naming.table(rows, lambda match: naming.number_of(v.depths, int(match[1]) - 1, match))
+
+
+def _keras(v: Variant) -> naming.Table:
+    # conv2_block1_1_conv, conv2_block1_0_conv beside it
+    names = lambda kind: rf"conv(\d+)_block(\d+)_{{}}_{kind}"
+    rows = [
+        *naming.keras_layer("conv1_conv", "stem/conv1", transform="bgr"),
+        *naming.keras_batch_norm("conv1_bn", "stem/bn1"),
+    ]
+    rows += _keras_blocks(names("conv"), names("bn"), ("1", "2", "3", "0")) + naming.keras_head()
+    return naming.table(rows, lambda match: sum(v.depths[: int(match[1]) - 2]) + int(match[2]))
+
+
+def _keras_old(v: Variant) -> naming.Table:
+    # res2a_branch2a and bn2a_branch2a, res2a_branch1 beside it
+    names = lambda kind: rf"{kind}(\d)([a-z])_branch{{}}"
+    rows = [
+        *naming.keras_layer("conv1", "stem/conv1", transform="bgr"),
+        *naming.keras_batch_norm("bn_conv1", "stem/bn1"),
+    ]
+    rows += _keras_blocks(names("res"), names("bn"), ("2a", "2b", "2c", "1")) + naming.keras_head()
+    return naming.table(rows, lambda match: sum(v.depths[: int(match[1]) - 2]) + ord(match[2]) - ord("a") + 1)
+
+
+def _keras_blocks(conv: str, bn: str, parts: tuple[str, ...]) -> list[naming.Row]:
+    rows = []
+    for part, (our_conv, our_bn) in zip(
+        parts, [*((f"conv{i}", f"bn{i}") for i in (1, 2, 3)), ("downsample_conv", "downsample_bn")]
+    ):
+        rows += naming.keras_layer(conv.format(part), f"block{{}}/{our_conv}")
+        rows += naming.keras_batch_norm(bn.format(part), f"block{{}}/{our_bn}")
+    return rows
+
+
+_ROWS = {"torchvision": _torchvision, "keras": _keras, "keras_old": _keras_old}

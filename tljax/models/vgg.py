@@ -13,13 +13,17 @@ from tljax.models.chain import Chain
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Channels of the convolutions of each block; channels and grid of the dense layers; whether it has norms."""
+    """Channels of the convolutions of each block; channels and grid of the dense layers; whether it has norms.
+
+    Keras' networks saw other images: 0 to 255 minus the mean, channels in the order of Caffe.
+    """
 
     blocks: tuple[tuple[int, ...], ...]
     norms: bool
     hidden: int = 4096
     grid: int = 7
     size: int = 224
+    keras: bool = False
 
 
 def _blocks(*depths: int) -> tuple[tuple[int, ...], ...]:
@@ -36,6 +40,7 @@ _DEPTHS = {
 VARIANTS = {
     **{name: Variant(_blocks(*depths), norms=False) for name, depths in _DEPTHS.items()},
     **{f"{name}_bn": Variant(_blocks(*depths), norms=True) for name, depths in _DEPTHS.items()},
+    **{f"keras_{name}": Variant(_blocks(*_DEPTHS[name]), norms=False, keras=True) for name in ("vgg16", "vgg19")},
     # Not published: for tests.
     "vgg_tiny": Variant(((8,), (8, 16)), norms=False, hidden=32, size=32),
     "vgg_bn_tiny": Variant(((8,), (8, 16)), norms=True, hidden=32, size=32),
@@ -120,7 +125,9 @@ def create(name: str, **fields) -> VGG:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The tables for torchvision's state dicts and for timm's, where the dense layers are convolutions."""
+    """The tables for torchvision's state dicts and for timm's, where the dense layers are convolutions; for Keras."""
+    if VARIANTS[name].keras:
+        return {"keras": _keras()}
     conv, norm = {}, {}
     position = 0
     for number, channels in enumerate(VARIANTS[name].blocks, 1):
@@ -146,3 +153,15 @@ def conversion(name: str) -> dict[str, naming.Table]:
         ],
     }
     return {source: (*convs, *rows) for source, rows in dense.items()}
+
+
+def _keras() -> naming.Table:
+    convs = naming.keras_layer(r"block(\d+)_conv(\d+)", "{}")
+    return (
+        *naming.keras_layer("block1_conv1", "block1/conv1", transform="bgr"),
+        *naming.table(convs, lambda match: f"block{match[1]}/conv{match[2]}"),
+        # Keras flattens pixel after pixel, PyTorch channel after channel.
+        *naming.keras_layer("fc1", "hidden1/dense", transform="rows_first"),
+        *naming.keras_layer("fc2", "hidden2/dense"),
+        *naming.keras_head(),
+    )

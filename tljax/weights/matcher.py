@@ -29,20 +29,28 @@ AXES: dict[str, tuple[int, ...] | None] = {
     "same": None,
     "conv": (2, 3, 1, 0),  # [out, in, height, width] -> [height, width, in, out], depthwise included
     "linear": (1, 0),  # [out, in] -> [in, out]
+    "depthwise": (0, 1, 3, 2),  # [height, width, channels, 1] -> [height, width, 1, channels], as Keras has it
 }
 
 
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
 FLAT = "flat"  # a convolution as wide as the image as a linear map: [out, in, height, width] -> [in * h * w, out]
 VECTOR = "vector"  # all axes as one: [channels, 1, 1] -> [channels]
+BGR = "bgr"  # a first convolution, [height, width, in, out], for images with their channels in the other order
+ROWS_FIRST = "rows_first"  # a linear map of 7x7 pixels flattened: [h * w * channels, out] -> [channels * h * w, out]
+_PIXELS = 7 * 7
 
 
 def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is "same", "conv", "linear", "squeezed", "vector" or "flat"."""
+    """`array` with its axes in our order; `name` is one of `AXES` or of the constants below it."""
     if name in (SQUEEZED, VECTOR):
         return array.reshape(_transformed(array.shape, name))
     if name == FLAT:
         return array.reshape(len(array), -1).T
+    if name == BGR:
+        return array[:, :, ::-1]
+    if name == ROWS_FIRST:
+        return array.reshape(_PIXELS, -1, array.shape[-1]).swapaxes(0, 1).reshape(array.shape)
     axes = AXES[name]
     return array if axes is None else np.transpose(array, axes)
 
@@ -204,6 +212,10 @@ def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
         return (math.prod(shape[1:]), shape[0]) if len(shape) == 4 else None
     if how == VECTOR:
         return (math.prod(shape),)
+    if how == BGR:
+        return shape if len(shape) == 4 else None
+    if how == ROWS_FIRST:
+        return shape if len(shape) == 2 and shape[0] % _PIXELS == 0 else None
     axes = AXES[how]
     if axes is None:
         return shape
