@@ -21,12 +21,13 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.drop_rate = 0.0  # dropout before the head; -1: the model's own default
     config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
     config.image_size = 0  # height and width in pixels; 0: as the weights' card says
+    config.channels = 3  # of the images that the network sees: 3, or 1 for grey; loaded kernels are adapted
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
 
     config.weights = model  # a catalogue name, a file, "hf:org/name", or "" for random weights
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
-    config.resize = ()  # paths that are resized to fit (position embeddings)
+    config.resize = ()  # paths that are resized to fit: position embeddings and patches, as "embed/position:bicubic"
 
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
     config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
@@ -140,6 +141,7 @@ def duration(text: str, steps_per_epoch: float, field: str, whole: int | None = 
 
 
 CHOICES = {
+    "channels": (1, 3),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
     "source.split": ("", "train", "val", "test"),

@@ -16,7 +16,7 @@ from tljax.data.dataset import Split, read
 from tljax.data.pipeline import eval_batches
 from tljax.data.table import Table
 from tljax.errors import UserError, listing
-from tljax.experiment import Experiment
+from tljax.experiment import Experiment, other_channels
 from tljax.report import metrics
 from tljax.weights.matcher import covers
 
@@ -62,7 +62,7 @@ def network(exp: Experiment) -> Network:
     count = num_classes(exp)
     model = exp.plain_model(count)
     shapes = models.shapes(model, size=exp.preprocessing.size)
-    loaded = weights.load(exp.card, exp.config.model, shapes, (), exp.config.resize)
+    loaded = weights.load(exp.card, exp.config.model, shapes, (), exp.config.resize, other_channels(exp.config))
     return Network(model, loaded.params, loaded.batch_stats, count)
 
 

@@ -178,7 +178,7 @@ def test_gradients_and_statistics(name, tolerance):
 
 def is_covered_here(name, naming):
     """What further names Vision Transformers and the like have is tested with the files, in test_vit_parity.py …"""
-    if name.startswith(("vit", "convnext", "densenet", "swin")):
+    if name.startswith(("vit", "convnext", "densenet", "swin", "resn", "wide", "inception")):
         return naming == next(iter(models.conversion(name)))
     return naming != "google" and not name.endswith("_tiny")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tljax.errors import UserError
-from tljax.weights import matcher
+from tljax.weights import matcher, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +208,12 @@ def test_a_tuple_of_targets_divides_the_array():
 
 def test_a_squeezed_array_loses_its_leading_ones():
     for shape, expected in (((1, 1, 5), (5,)), ((1, 4, 5), (4, 5)), ((3, 1), (3, 1))):
-        assert matcher.transform("squeezed", np.zeros(shape)).shape == expected
+        assert transforms.apply("squeezed", np.zeros(shape)).shape == expected
 
 
 def test_a_flat_array_counts_channels_before_pixels():
     array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    found = matcher.transform("flat", array)
+    found = transforms.apply("flat", array)
     assert found.shape == (60, 2)
     for out, channel, row, column in np.ndindex(array.shape):
         assert found[(channel * 4 + row) * 5 + column, out] == array[out, channel, row, column]

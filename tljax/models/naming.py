@@ -2,8 +2,12 @@
 
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
-tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat" (a convolution over the whole image, OIHW,
-to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), "vector" (all axes as one).
+tljax.weights.transforms: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat:n" (a convolution over the whole image of
+n pixels, OIHW, to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), … Beside a
+None it may name a constant of tljax.weights.inverse, which files in that naming hold.
+
+A table is also read backwards, to write files: of the names that a pattern matches the regular expression's first
+choice is written, `(?:a|b)?` as a, `(?:a)??` as nothing.
 """
 
 import re
@@ -42,7 +46,7 @@ def batch_norm(source: str, target: str) -> list[Row]:
         (rf"{source}\.bias", f"params/{target}/bias", "same"),
         (rf"{source}\.running_mean", f"batch_stats/{target}/mean", "same"),
         (rf"{source}\.running_var", f"batch_stats/{target}/var", "same"),
-        (rf"{source}\.num_batches_tracked", None, "same"),
+        (rf"{source}\.num_batches_tracked", None, "count"),
     ]
 
 

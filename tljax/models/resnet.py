@@ -153,4 +153,5 @@ def conversion(name: str) -> dict[str, naming.Table]:
         (r"fc\.weight", "params/head/kernel", "linear"),
         (r"fc\.bias", "params/head/bias", "same"),
     ]
-    return {"torchvision": naming.table(rows, number)}
+    table = naming.table(rows, number)
+    return {"torchvision": table, "timm": table}

@@ -140,7 +140,7 @@ def conversion(name: str) -> dict[str, naming.Table]:
             *naming.dense(r"classifier\.6", "head"),
         ],
         "timm": [
-            *naming.dense(r"pre_logits\.fc1", "hidden1/dense", transform="flat"),
+            *naming.dense(r"pre_logits\.fc1", "hidden1/dense", transform=f"flat:{VARIANTS[name].grid}"),
             *naming.dense(r"pre_logits\.fc2", "hidden2/dense", transform="flat"),
             *naming.dense(r"head\.fc", "head"),
         ],

@@ -1,6 +1,8 @@
 """What must be known about pre-trained weights beside their numbers: preprocessing, licence, origin."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -133,3 +135,38 @@ def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
         note=f"preprocessing assumed ({'as ' + usual.name if usual else 'ImageNet mean and std'}): "
         "the file does not say how its images were prepared",
     )
+
+
+# What of a card a file that tljax writes carries in its header, under one key.
+KEY = "tljax.card"
+_TOLD = (
+    "model",
+    "input_size",
+    "mean",
+    "std",
+    "interpolation",
+    "crop",
+    "licence",
+    "origin",
+    "trained_on",
+    "top1",
+    "note",
+)
+
+
+def to_header(card: Card) -> dict[str, str]:
+    """A card as the text that a safetensors file holds beside its tensors."""
+    return {KEY: json.dumps({field: getattr(card, field) for field in _TOLD})}
+
+
+def from_header(metadata: Mapping[str, str], source: str, sha256: str) -> Card | None:
+    """The card in a file's header; None where there is none that can be used."""
+    try:
+        told = json.loads(metadata[KEY])
+        values = {field: told[field] for field in _TOLD}
+        values |= {field: tuple(map(float, told[field])) for field in ("mean", "std")}
+        if len(values["mean"]) != 3 or len(values["std"]) != 3 or not 0 < float(values["crop"]) <= 1:
+            return None
+        return Card(name=source.removeprefix("file:"), source=source, sha256=sha256, naming="", **values)
+    except (KeyError, TypeError, ValueError):
+        return None

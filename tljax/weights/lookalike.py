@@ -12,7 +12,7 @@ def tables(model_name: str) -> dict[str, tuple]:
     """The conversion tables of a model, by naming, and our own."""
     from tljax import models
 
-    return OWN | models.conversion(model_name)
+    return models.conversion(model_name) | OWN
 
 
 def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
@@ -27,10 +27,12 @@ def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
 def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, str] | None:
     """(model, naming) that `source` (name → shape) fits but for its head, other than `model_name`; or None.
 
-    Names and numbers of stages are compared first, so that only the few models left are traced for shapes.
+    Names and numbers of stages are compared first, so that only the few models left are traced for shapes. One that
+    fits but for the number of its position embeddings comes after those that fit.
     """
     from tljax import models
 
+    nearly = None
     for name in models.names():
         if name == model_name:
             continue
@@ -46,4 +48,7 @@ def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, s
             shapes = {path: leaf.shape for path, leaf in matcher.flatten(models.shapes(model)).items()}
             if matcher.fit(source, table, shapes, reset=("head",)).problems == 0:
                 return name, naming
-    return None
+            resizable = {f"params/{path}": (0,) for path in models.positions(name)}
+            if not nearly and matcher.fit(source, table, shapes, ("head",), resizable).problems == 0:
+                nearly = name, naming
+    return nearly
