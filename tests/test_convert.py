@@ -1,4 +1,4 @@
-"""python -m tljax.convert: formats in, types kept, cards in headers, a run's workdir, and everything that can be wrong."""
+"""python -m tljax.convert: formats in, types kept, cards in headers, a run's workdir, and what can be wrong."""
 
 import json
 
@@ -98,7 +98,14 @@ def test_a_card_travels_in_the_header(source, tmp_path):
     with pytest.raises(UserError, match="are of the model resnet_tiny, not vit_mini"):
         weights.load(str(own), "vit_mini", models.shapes(models.create("vit_mini", CLASSES)))
     told = safetensors.metadata(own)["tljax.card"]
-    for wrong in ("", "{}", "[]", told.replace("0.485, ", ""), told.replace("0.875", "7"), told.replace("0.485", '"x"')):
+    for wrong in (
+        "",
+        "{}",
+        "[]",
+        told.replace("0.485, ", ""),
+        told.replace("0.875", "7"),
+        told.replace("0.485", '"x"'),
+    ):
         save_file({"a": np.zeros(1)}, tmp_path / "wrong.safetensors", {"tljax.card": wrong})
         assert "assumed" in weights.card(str(tmp_path / "wrong.safetensors"), "resnet18").note
 
@@ -112,7 +119,8 @@ def test_a_run_is_a_source_and_weights_with_its_head(trained, tiny, tmp_path):
     found = {}
     for name, spec in (("run", trained), ("file", tmp_path / "run.safetensors")):
         workdir = tmp_path / name
-        assert train.main(changed(tiny, workdir, weights=spec, reset="()", train_for="1 steps", optim_lr=0.0)) == 0
+        fields = {"reset": "()", "train_for": "1 steps", "optim_lr": 0.0, "norm_stats": "frozen"}
+        assert train.main(changed(tiny, workdir, weights=spec, **fields, optim_warmup="0 steps")) == 0
         summary = json.loads((workdir / "summary.json").read_text())
         found[name] = summary["test"]["nll"]
     expected = json.loads((trained / "summary.json").read_text())["test"]["nll"]

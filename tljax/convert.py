@@ -49,7 +49,10 @@ def convert(source: str, target: str | Path, naming: str = OWN, model: str = "")
     card = weights.card(source, model)
     path, arrays = weights.opened(card)
     shapes = lazy.shapes(arrays)
-    model = model or card.model or _recognised(shapes, path)
+    if not (model or card.model):
+        model = _recognised(shapes, path)
+        card = weights.card(source, model)  # whose preprocessing is assumed
+    model = model or card.model
     _check(naming, model)
     weights.check(card, model, ())
     source_naming, table = weights.table(card, model, list(shapes))
@@ -57,7 +60,7 @@ def convert(source: str, target: str | Path, naming: str = OWN, model: str = "")
 
     read = {leaf: _reader(arrays, *result.pairs[leaf]) for leaf in leaves}
     content, constants = _content(read, lookalike.tables(model)[naming], naming)
-    told = cards.to_header(dataclasses.replace(card, model=model))
+    told = cards.to_header(card)
     if runs.is_run(path):
         told |= {"tljax.classes": json.dumps(runs.classes(path))}
     # Hugging Face's readers ask for the format.

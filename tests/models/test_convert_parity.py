@@ -1,4 +1,4 @@
-"""Files that tljax.convert writes, read by the libraries whose names they are in: strictly, and with the same logits."""
+"""Files that tljax.convert writes, read strictly by the libraries whose names they are in; the logits are the same."""
 
 import jax
 import numpy as np
@@ -135,5 +135,5 @@ def test_names_of_transformers(tmp_path):
         back = assert_returns(folder / "model.safetensors", "transformers", folder, name)
         back.replace(folder / "model.safetensors")
         again, told = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
-        assert not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
+        assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         np.testing.assert_array_equal(again.eval()(reference.torch_order(x)).logits.detach().numpy(), expected)

@@ -25,6 +25,7 @@ TINY = [name for name in models.names() if name.endswith(("_tiny", "_mini"))]
         (r"l([2-4]|1\d)", ["l2", "l3", "l4", *(f"l1{i}" for i in range(10))]),
         (r"x(\w+)", ["xstem", "xconv"]),
         (r"(?:a(?:b|c)?|d)", ["ab", "ac", "a", "d"]),
+        (r"(?:.+/)?k(?::0)?", ["k:0", "k"]),
     ],
 )
 def test_all_names_that_a_pattern_matches_its_first_choices_first(pattern, expected):
@@ -33,7 +34,7 @@ def test_all_names_that_a_pattern_matches_its_first_choices_first(pattern, expec
     assert all(re.fullmatch(pattern, name) for name in found)
 
 
-@pytest.mark.parametrize("pattern", ["a.*", "a{2}", "(?P<x>a)", "a)", "^a"])
+@pytest.mark.parametrize("pattern", ["a{2}", "a+", "(?P<x>a)", "a)", "^a"])
 def test_patterns_that_are_not_read_backwards(pattern):
     with pytest.raises(ValueError, match="the pattern"):
         list(inverse.matching(pattern, 3))

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+from tljax.weights import catalogue
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -98,6 +100,7 @@ CARDS: dict[str, Card] = {
             77.6,
         ),
         _MOBILENET_V2,
+        *(Card(sha256="", **row) for row in catalogue.rows()),
     )
 }
 

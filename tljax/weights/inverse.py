@@ -17,7 +17,7 @@ from tljax.weights.matcher import Part, Row
 
 _TOKEN = re.compile(
     r"(?P<number>\\d\+)|(?P<word>\\w\+)|(?P<digits>\\d\*)|(?P<digit>\\d)|\[(?P<set>[^\]]+)\]"
-    r"|(?P<open>\((?:\?:)?)|(?P<close>\))|(?P<either>\|)|(?P<maybe>\?\??)|\\(?P<escaped>\W)|(?P<plain>[\w/-])"
+    r"|(?P<any>\.[*+])|(?P<open>\((?:\?:)?)|(?P<close>\))|(?P<either>\|)|(?P<maybe>\?\??)|\\(?P<escaped>\W)|(?P<plain>[\w/:-])"
 )
 
 
@@ -113,7 +113,7 @@ def matching(pattern: str, highest: int, words: Sequence[str] = ()) -> Iterator[
     r"""All names that a pattern matches, the regular expression's first choices first.
 
     r"\d+" stands for the numbers from 0 to `highest`, r"\w+" for one of `words`. Knows groups, alternatives, sets,
-    ? and ??; raises ValueError for what else there is in regular expressions.
+    ? and ??, and of .* the empty text; raises ValueError for what else there is in regular expressions.
     """
     tokens = []
     at = 0
@@ -158,6 +158,8 @@ def _texts(kind: str, text: str, highest: int, words: list[str]) -> list[str]:
         return [str(n) for n in range(highest + 1)]
     if kind == "word":
         return words
+    if kind == "any":  # which texts, nobody knows: none, or an optional group without them
+        return [""] * (text == ".*")
     if kind in ("digit", "digits"):
         return [""] * (kind == "digits") + list("0123456789")
     if kind == "set":

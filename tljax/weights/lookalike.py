@@ -4,15 +4,14 @@ from collections.abc import Mapping
 
 from tljax.weights import matcher
 
-# What tljax writes itself names every leaf by its path.
-OWN = {"tljax": ((r"(?:params|batch_stats)/.+", lambda match: match[0], "same"),)}
-
 
 def tables(model_name: str) -> dict[str, tuple]:
-    """The conversion tables of a model, by naming, and our own."""
+    """The conversion tables of a model, by naming, and our own, which names every leaf by its path."""
     from tljax import models
 
-    return models.conversion(model_name) | OWN
+    stages = "|".join(models.create(model_name, 2).stages)
+    own = (rf"(?:params|batch_stats)/(?:{stages})/.+", lambda match: match[0], "same")
+    return models.conversion(model_name) | {"tljax": (own,)}
 
 
 def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:

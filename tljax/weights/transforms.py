@@ -16,6 +16,7 @@ AXES: dict[str, tuple[int, ...] | None] = {
     "same": None,
     "conv": (2, 3, 1, 0),  # [out, in, height, width] -> [height, width, in, out], depthwise included
     "linear": (1, 0),  # [out, in] -> [in, out]
+    "depthwise": (0, 1, 3, 2),  # [height, width, channels, 1] -> [height, width, 1, channels], as Keras has it
 }
 SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
 PIXEL = "pixel"  # a convolution of one pixel as a linear map: [1, 1, in, out] -> [in, out]
