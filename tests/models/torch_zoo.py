@@ -27,7 +27,8 @@ _deform_conv2d_backward(Tensor x) -> Tensor
 """
 # Of these a smaller sibling is tested in the fast suite.
 _LARGE = re.compile(
-    r"^tf_efficientnet_|^timm_efficientnet_b[1-9]|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101"
+    r"^tf_efficientnet_|^timm_efficientnet_b[1-9]"
+    r"|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101"
 )
 _declared = []  # the declarations last as long as the library object
 
