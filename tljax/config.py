@@ -179,7 +179,7 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"config.{field} = {fields[field]!r}: {pattern!r} is no path or pattern")
     for field, choices in CHOICES.items():
         if fields[field] not in choices:
-            raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(choices)}")
+            raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(map(str, choices))}")
     for bounds, fits, words in (
         (AT_LEAST, operator.ge, "at least"), (AT_MOST, operator.le, "at most"), (BELOW, operator.lt, "less than"),
     ):  # fmt: skip

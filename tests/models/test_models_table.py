@@ -53,7 +53,7 @@ def test_the_table(capsys):
     assert head.split() == ["model", "parameters", "GFLOP", "size", "stages", "weights"]
     assert rows[0].split() == ["efficientnet_lite0", "4,652,008", "0.77", "224", "19", "efficientnet_lite0"]
     assert rows[1].split()[0] == "efficientnet_tiny"
-    assert rows[2].split() == ["resnet18", "11,689,512", "3.63", "224", "10", "resnet18.a1_in1k", *"and 1 more".split()]
+    assert rows[2].split() == ["resnet18", "11,689,512", "3.63", "224", "10", "resnet18.a1_in1k", "and", "1", "more"]
     # Aligned right, whatever the name's length.
     assert len({row.index(row.split()[4]) + len(row.split()[4]) for row in rows[:3]}) == 1
     weights, _, last = [row for row in rows if row.startswith("weights ")]

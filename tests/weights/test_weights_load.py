@@ -133,7 +133,7 @@ def test_the_package_is_not_imported(lite0_shapes):
 
 
 @real
-def test_another_digest_stops_before_anything_is_read(tmp_path, lite0_shapes, monkeypatch):
+def test_another_digest_comes_before_all_that_else_is_wrong(tmp_path, lite0_shapes, monkeypatch):
     content = bytearray(real_file().read_bytes())
     content[-1] ^= 1
     path = tmp_path / "changed.pth"

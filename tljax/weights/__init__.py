@@ -1,8 +1,10 @@
 """Pre-trained weights: where they are, what is known about them (cards), and their strict conversion."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +109,8 @@ def load(
 ) -> Loaded:
     """Fills `shapes` ({"params": …, "batch_stats": …}, nested, of ShapeDtypeStruct) with pre-trained arrays.
 
-    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize: what is
-    interpolated where the file has it in another size, position embeddings and patches (tljax.weights.resizing);
+    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize: what
+    is interpolated where the file has it in another size, positions and patches (tljax.weights.resizing);
     channels: of the network's images, to which the first convolution is adapted; None: it must fit.
     The arrays have the leaves' shapes and types. Strict: raises UserError, one line, for weights of another
     model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
@@ -119,39 +121,49 @@ def load(
     reset = _patterns(reset)
     resize = _patterns(resize)
     check(found, model_name, leaves, reset, resize)
-    path, arrays = opened(found)
-    naming, rows = table(found, model_name, list(arrays))
-    names = lazy.shapes(arrays)
-    ways = resizing.ways(model_name, resize, channels)
-    result = matcher.fit(names, rows, leaves, reset, {leaf: way.axes for leaf, way in ways.items()})
-    if result.problems:
-        if result.problems > _OTHER_MODEL * len(names):
-            from tljax.weights import lookalike
+    with _verified(found) as path:
+        arrays = runs.read(path) if runs.is_run(path) else read(path)
+        naming, rows = table(found, model_name, list(arrays))
+        names = lazy.shapes(arrays)
+        ways = resizing.ways(model_name, resize, channels)
+        result = matcher.fit(names, rows, leaves, reset, {leaf: way.axes for leaf, way in ways.items()})
+        if result.problems:
+            if result.problems > _OTHER_MODEL * len(names):
+                from tljax.weights import lookalike
 
-            other = lookalike.find(names, model_name)
-            if other:
-                raise UserError(
-                    f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
-                )
-        raise matcher.mismatch(result, str(path), model_name, naming, rows, resizing.resizable(model_name))
-    filled = matcher.fill(arrays, result, shapes, {leaf: way.make for leaf, way in ways.items()})
-    adapted = {}
-    for leaf in result.resized:
-        name, part = result.pairs[leaf]
-        before = part.shape(tuple(names[name]))
-        if 2 in ways[leaf].axes and before[2] != leaves[leaf][2]:
-            adapted[leaf] = resizing.told(leaf, before, leaves[leaf])
-    return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming, adapted))
+                other = lookalike.find(names, model_name)
+                if other:
+                    raise UserError(
+                        f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
+                    )
+            raise matcher.mismatch(result, str(path), model_name, naming, rows, resizing.resizable(model_name))
+        filled = matcher.fill(arrays, result, shapes, {leaf: way.make for leaf, way in ways.items()})
+        adapted = {}
+        for leaf in result.resized:
+            name, part = result.pairs[leaf]
+            before = part.shape(tuple(names[name]))
+            if 2 in ways[leaf].axes and before[2] != leaves[leaf][2]:
+                adapted[leaf] = resizing.told(leaf, before, leaves[leaf])
+        return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming, adapted))
+
+
+@contextlib.contextmanager
+def _verified(card: Card) -> Iterator[Path]:
+    """Where the card's weights lie; their SHA-256 is compared meanwhile, before other mistakes are told."""
+    path = _file(card.source, card.name)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(files.check, card.sha256, *readers.files(path)) if card.sha256 else None
+        try:
+            yield path
+        finally:
+            if hashing:
+                hashing.result()
 
 
 def opened(card: Card) -> tuple[Path, Mapping[str, np.ndarray]]:
     """Where a card's weights lie, and their arrays by name, as the file calls them; its SHA-256 is compared."""
-    path = _file(card.source, card.name)
-    if runs.is_run(path):
-        return path, runs.read(path)
-    if card.sha256:
-        files.check(card.sha256, *readers.files(path))
-    return path, read(path)
+    with _verified(card) as path:
+        return path, runs.read(path) if runs.is_run(path) else read(path)
 
 
 def num_classes(spec: str | Card, model_name: str) -> int:

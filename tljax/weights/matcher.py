@@ -8,8 +8,10 @@ first row whose regular expression matches a whole name in the file decides. The
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from tljax.weights import transforms
 
 Target = str | Callable[[re.Match], str] | None
 Row = tuple[str, Target | tuple[Target, ...], str]
+
+THREADS, STRIPE = 4, 64
 
 
 class Part(NamedTuple):
@@ -260,14 +264,30 @@ def fill(
     resize: leaf → function from the file's array and the shape wanted to what goes into the leaf.
     """
     leaves = flatten(shapes)
-    flat = {leaf: leaves[leaf] for leaf in result.reset}
-    for leaf, (name, part) in result.pairs.items():
+
+    def filled(leaf: str) -> np.ndarray:
+        name, part = result.pairs[leaf]
         array = part.cut(source[name])
         if leaf in result.resized:
             array = resize[leaf](array, tuple(leaves[leaf].shape))
-        # A copy in any case: the arrays of a file are a view of it, and the file may change.
-        flat[leaf] = np.array(array, dtype=leaves[leaf].dtype, order="C", copy=True)
+        return copied(array, leaves[leaf].dtype)
+
+    flat = {leaf: leaves[leaf] for leaf in result.reset}
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # numpy copies without Python's lock
+        flat |= zip(result.pairs, pool.map(filled, result.pairs))
     return _like(shapes, flat)
+
+
+def copied(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy in C order. A copy in any case: the arrays of a file are a view of it, and the file may change."""
+    copy = np.empty(array.shape, dtype)
+    if array.flags.c_contiguous or array.ndim < 2:
+        copy[...] = array
+    else:
+        # A transposed array in stripes: what is read then stays in the processor's cache until all of it is used.
+        for start in range(0, array.shape[-1], STRIPE):
+            copy[..., start : start + STRIPE] = array[..., start : start + STRIPE]
+    return copy
 
 
 def report(result: Fit, shapes: Mapping[str, Mapping], naming: str, adapted: Mapping[str, str] | None = None) -> Report:
