@@ -21,12 +21,13 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.drop_rate = 0.0  # dropout before the head; -1: the model's own default
     config.drop_path_rate = -1.0  # stochastic depth; -1: the model's own default
     config.image_size = 0  # height and width in pixels; 0: as the weights' card says
+    config.channels = 3  # of the images that the network sees: 3, or 1 for grey; loaded kernels are adapted
     config.dtype = "float32"  # of the computation: float32 or bfloat16
     config.param_dtype = "float32"
 
     config.weights = model  # a catalogue name, a file, "hf:org/name", or "" for random weights
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
-    config.resize = ()  # paths that are resized to fit (position embeddings)
+    config.resize = ()  # paths that are resized to fit: position embeddings and patches, as "embed/position:bicubic"
 
     config.head = ""  # "zeroshot": a CLIP's vectors of the classes' names; "": drawn or loaded, as config.reset says
     config.templates = "default"  # prompts for it: a set of tljax.texts, or a file with a line each, {} for the class
@@ -165,6 +166,7 @@ def nbytes(value: str, field: str) -> int:
 CHOICES = {
     "cache": ("auto", "off", "memory", "disk"),
     "augment.mix_at": ("images", "features"),
+    "channels": (1, 3),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
     "head": ("", "zeroshot"),
@@ -203,7 +205,7 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"config.{field} = {fields[field]!r}: {pattern!r} is no path or pattern")
     for field, choices in CHOICES.items():
         if fields[field] not in choices:
-            raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(choices)}")
+            raise UserError(f"config.{field} = {fields[field]!r}: expected one of {', '.join(map(str, choices))}")
     for bounds, fits, words in (
         (AT_LEAST, operator.ge, "at least"), (AT_MOST, operator.le, "at most"), (BELOW, operator.lt, "less than"),
     ):  # fmt: skip

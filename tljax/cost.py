@@ -61,7 +61,7 @@ def _bytes(kind: str, dims: str) -> int:
 def forward_flops(exp: Experiment) -> dict[str, float]:
     """{stage: FLOPs of its forward pass on a batch}, of each stage alone."""
     size = exp.preprocessing.size
-    x = jax.ShapeDtypeStruct((exp.config.batch_size, size, size, 3), np.float32)
+    x = jax.ShapeDtypeStruct((exp.config.batch_size, size, size, exp.model.channels), np.float32)
     model, found = exp.model.clone(axis_name=None), {}
     for stage, after in zip(model.stages, (*model.stages[1:], None)):
         run = lambda variables, x, start=stage, stop=after: model.apply(variables, x, start=start, stop=stop)

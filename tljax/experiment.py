@@ -29,8 +29,8 @@ class Preprocessing:
     """How images reach the model: as the weights' card says."""
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # a channel
+    std: tuple[float, ...]
     interpolation: str
     crop: float
 
@@ -72,7 +72,8 @@ class Experiment:
 
     def features(self, plan: plans.Plan) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what a plan's frozen prefix makes of one image."""
-        image = jax.ShapeDtypeStruct((1, self.preprocessing.size, self.preprocessing.size, 3), jnp.float32)
+        size = self.preprocessing.size
+        image = jax.ShapeDtypeStruct((1, size, size, self.config.channels), jnp.float32)
         found = jax.eval_shape(lambda v, x: self.model.apply(v, x, stop=plan.cut), self.shapes, image)
         return jax.ShapeDtypeStruct(found.shape[1:], found.dtype)
 
@@ -114,7 +115,9 @@ class Experiment:
         """
         if not self.config.checkpoint.delta:
             return {}
-        made = (*self.config.reset, *self.config.resize)
+        made = (*self.config.reset, *map(weights.resizing.path, self.config.resize))
+        if other_channels(self.config):
+            made += (models.stem(self.config.model).partition("/")[2],)
         new = getattr(self.model, "adapters", ())
         is_made = lambda p: files.belongs(new, p) or any(matches(pattern, p.partition("/")[2]) for pattern in made)
         return {path: size for path, size in phases.never_trained(past).items() if not is_made(path)}
@@ -141,7 +144,7 @@ class Experiment:
         config, report, values = self.config, None, {}
         if self.card is not None:
             own = _own(self.model, self.shapes)
-            loaded = weights.load(self.card, config.model, own, config.reset, config.resize)
+            loaded = weights.load(self.card, config.model, own, config.reset, config.resize, other_channels(config))
             report = loaded.report
             found = {"params": loaded.params, "batch_stats": loaded.batch_stats}
             values = {p: leaf for p, leaf in plans.flat(found).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
@@ -167,7 +170,7 @@ def _own(model, shapes: dict) -> dict:
 def _model(config: ConfigDict, num_classes: int, axis_name: str | None = None):
     rates = {name: config[name] for name in ("drop_rate", "drop_path_rate") if config[name] >= 0}
     types = {name: jnp.dtype(config[name]) for name in ("dtype", "param_dtype")}
-    return models.create(config.model, num_classes, axis_name=axis_name, **types, **rates)
+    return models.create(config.model, num_classes, axis_name=axis_name, channels=config.channels, **types, **rates)
 
 
 def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | None = None) -> Experiment:
@@ -176,33 +179,26 @@ def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | Non
     named, num_classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
     Augment.of(config.augment)
     cache.check(config)
-    card = weights.card(config.weights, config.model) if config.weights else None
+    card = card_of(config)
     if config.checkpoint.delta and card is None:
         raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
     _check_head(config, card)
     model = _model(config, num_classes, layout.axis_name if layout else None)
-    if card is None:
-        mean, std = DEFAULT_MEAN_STD
-        preprocessing = Preprocessing(models.input_size(config.model), mean, std, "bicubic", 0.875)
-    else:
-        fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(Preprocessing) if f.name != "size"}
-        preprocessing = Preprocessing(size=card.input_size, **fields)
-    if config.image_size:
-        preprocessing = dataclasses.replace(preprocessing, size=config.image_size)
+    seen = preprocessing(config, card)
     pairs = ((phases.REST, strategies.parse(config.strategy)),)
     if config.phases:
         pairs = phases.parse(config.phases)(model.stages)
     wanted = strategies.adapters_of(*(strategy for _, strategy in pairs))
     if wanted:  # of all phases, so that the state is one tree from the first step to the last
-        example = jax.ShapeDtypeStruct((1, preprocessing.size, preprocessing.size, 3), jnp.float32)
+        example = jax.ShapeDtypeStruct((1, seen.size, seen.size, config.channels), jnp.float32)
         model = adapters.adapt(model, wanted, example)
-    shapes = models.shapes(model, size=preprocessing.size)
+    shapes = models.shapes(model, size=seen.size)
     weights.check(card, config.model, plans.paths(_own(model, shapes)), config.reset, config.resize)
     resolve = lambda rules: plans.build(
         rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
-    experiment = Experiment(config, model, card, preprocessing, shapes, timed, named)
+    experiment = Experiment(config, model, card, seen, shapes, timed, named)
     _ = experiment.penalty  # its mistakes are told now
     return experiment
 
@@ -222,6 +218,30 @@ def _check_head(config: ConfigDict, card: weights.Card | None) -> None:
     if not any(matches(pattern, "head/kernel") for pattern in config.reset):
         raise UserError(f"config.head = 'zeroshot' makes the head: config.reset = {config.reset} has to name it")
     texts.templates(config.templates)
+
+
+def card_of(config: ConfigDict) -> weights.Card | None:
+    """The card of the config's weights; None where they are random. Raises UserError."""
+    return weights.card(config.weights, config.model) if config.weights else None
+
+
+def preprocessing(config: ConfigDict, card: weights.Card | None) -> Preprocessing:
+    """How images reach the config's model."""
+    if card is None:
+        mean, std = DEFAULT_MEAN_STD
+        found = Preprocessing(models.input_size(config.model), mean, std, "bicubic", 0.875)
+    else:
+        fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(Preprocessing) if f.name != "size"}
+        found = Preprocessing(size=card.input_size, **fields)
+    if len(found.mean) != config.channels:  # as timm: the mean of all channels for each
+        one = lambda values: (sum(values) / len(values),) * config.channels
+        found = dataclasses.replace(found, mean=one(found.mean), std=one(found.std))
+    return dataclasses.replace(found, size=config.image_size) if config.image_size else found
+
+
+def other_channels(config: ConfigDict) -> int | None:
+    """The number of channels to which the first convolution is adapted; None where it is as in the file."""
+    return None if config.channels == 3 else config.channels
 
 
 def classes_without_data(config: ConfigDict) -> int:

@@ -16,7 +16,7 @@ from tljax.data.dataset import Split, read
 from tljax.data.pipeline import eval_batches
 from tljax.data.table import Table
 from tljax.errors import UserError, listing
-from tljax.experiment import Experiment, build
+from tljax.experiment import Experiment, build, other_channels
 from tljax.report import metrics
 from tljax.weights.matcher import covers
 
@@ -70,7 +70,7 @@ def network(exp: Experiment) -> Network:
         return Network(begun.model, *begun.load()[:2], count)
     model = exp.plain_model(count)
     shapes = models.shapes(model, size=exp.preprocessing.size)
-    loaded = weights.load(exp.card, exp.config.model, shapes, (), exp.config.resize)
+    loaded = weights.load(exp.card, exp.config.model, shapes, (), exp.config.resize, other_channels(exp.config))
     return Network(model, loaded.params, loaded.batch_stats, count)
 
 

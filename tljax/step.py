@@ -42,9 +42,16 @@ def evaluated(state: State, plan: Plan) -> tuple[Tree, Tree]:
 
 
 def normalise(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
-    """uint8 images [batch, height, width, 3] to floats of the weights' mean and std (on the 0–1 scale)."""
+    """uint8 images [batch, height, width, 3] to floats of the weights' mean and std (on the 0–1 scale).
+
+    With one mean the network sees grey images: the luma of ITU-R BT.601 as one channel.
+    """
+    grey = len(mean) == 1 and images.shape[-1] == 3
     mean, std = (255 * jnp.array(v, jnp.float32) for v in (mean, std))
-    return (images.astype(jnp.float32) - mean) / std
+    images = images.astype(jnp.float32)
+    if grey:
+        images = (images * jnp.array([0.299, 0.587, 0.114], jnp.float32)).sum(-1, keepdims=True)
+    return (images - mean) / std
 
 
 def make_train_step(

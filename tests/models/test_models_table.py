@@ -53,10 +53,11 @@ def test_the_table(capsys):
     assert head.split() == ["model", "parameters", "GFLOP", "size", "stages", "weights"]
     assert rows[0].split() == ["efficientnet_lite0", "4,652,008", "0.77", "224", "19", "efficientnet_lite0"]
     assert rows[1].split()[0] == "efficientnet_tiny"
-    assert rows[2].split() == ["resnet18", "11,689,512", "3.63", "224", "10"]
+    assert rows[2].split() == ["resnet18", "11,689,512", "3.63", "224", "10", "resnet18.a1_in1k", "and", "1", "more"]
     # Aligned right, whatever the name's length.
     assert len({row.index(row.split()[4]) + len(row.split()[4]) for row in rows[:3]}) == 1
-    (weights,) = [row for row in rows if row.startswith("weights ")]
+    weights, _, last = [row for row in rows if row.startswith("weights ")]
+    assert last.startswith("weights resnet18.tv_in1k: BSD-3-Clause, ")
     assert weights.startswith(
         "weights efficientnet_lite0: Apache-2.0, ImageNet-1k (ILSVRC 2012), top-1 75.1 %; package:"
     )

@@ -34,6 +34,8 @@ SLOW = {
     ("mobilenet_v3_large", "torchvision"): 75,
     ("mobilenetv3_large_100", "timm"): 224,
     ("tf_efficientnet_b0", "timm"): 75,
+    ("timm_efficientnet_b0", "timm"): 75,
+    ("timm_efficientnet_b3", "timm"): 64,
     ("tf_efficientnet_lite0", "timm"): 224,
     ("tf_efficientnetv2_s", "timm"): 75,
     ("tf_efficientnetv2_m", "timm"): 65,

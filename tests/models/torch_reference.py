@@ -194,7 +194,7 @@ def converted(table, source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             if target is not None:
                 path = target(match) if callable(target) else match.expand(target)
                 assert path not in result, path
-                result[path] = TRANSFORMS[transform](part)
+                result[path] = TRANSFORMS[transform.partition(":")[0]](part)
     return result
 
 

@@ -27,8 +27,8 @@ _deform_conv2d_backward(Tensor x) -> Tensor
 """
 # Of these a smaller sibling is tested in the fast suite.
 _LARGE = re.compile(
-    r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101|^clip_vit_[lh]|_laion$"
-    r"|^keras_(?!.*tiny)"
+    r"^tf_efficientnet_|^timm_efficientnet_b[1-9]|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)"
+    r"|(resnext|wide_resnet)101|^clip_vit_[lh]|_laion$|^keras_(?!.*tiny)"
 )
 _declared = []  # the declarations last as long as the library object
 
@@ -66,7 +66,8 @@ def published(name: str, classes: int, naming: str):
         )
     if naming == "torchvision":
         return getattr(import_torchvision().models, name)(num_classes=classes)
-    return import_timm().create_model("mobilenetv2_100" if name == "mobilenet_v2" else name, num_classes=classes)
+    name = "mobilenetv2_100" if name == "mobilenet_v2" else name.removeprefix("timm_")
+    return import_timm().create_model(name, num_classes=classes)
 
 
 def tiny(name: str, classes: int, naming: str):

@@ -202,3 +202,19 @@ def test_a_model_is_filled_from_the_cache(cache):
     assert len(loaded.report.loaded) == len(arrays)
     assert loaded.card.source == loaded.card.name == "hf:org/name"
     assert loaded.card.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_a_name_of_the_catalogue(cache):
+    """From the cache by its name; without a network the one line says what to fetch, and where to."""
+    text = "weights 'resnet18.tv_in1k': one of model.safetensors, "
+    with pytest.raises(UserError, match=text) as caught:
+        weights.load("resnet18.tv_in1k", "resnet18", {})
+    assert "hf download timm/resnet18.tv_in1k model.safetensors" in str(caught.value)
+    assert str(cache / "models--timm--resnet18.tv_in1k") in str(caught.value)
+    put(cache, "model.safetensors", tensors(), repo="timm/resnet18.tv_in1k")
+    shapes = models.shapes(models.create("resnet18", 1000))
+    with pytest.raises(UserError, match=r"does not fit resnet18 \(timm naming\): 102 missing"):
+        weights.load("resnet18.tv_in1k", "resnet18", shapes)
+    assert weights.card("hf:timm/resnet18.tv_in1k") is weights.CARDS["resnet18.tv_in1k"]
+    with pytest.raises(UserError, match=r"unknown weights 'resnet18.tv_in21k'; nearest: resnet18.tv_in1k"):
+        weights.card("resnet18.tv_in21k")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tljax.errors import UserError
-from tljax.weights import matcher
+from tljax.weights import matcher, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +208,12 @@ def test_a_tuple_of_targets_divides_the_array():
 
 def test_a_squeezed_array_loses_its_leading_ones():
     for shape, expected in (((1, 1, 5), (5,)), ((1, 4, 5), (4, 5)), ((3, 1), (3, 1))):
-        assert matcher.transform("squeezed", np.zeros(shape)).shape == expected
+        assert transforms.apply("squeezed", np.zeros(shape)).shape == expected
 
 
 def test_a_flat_array_counts_channels_before_pixels():
     array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    found = matcher.transform("flat", array)
+    found = transforms.apply("flat", array)
     assert found.shape == (60, 2)
     for out, channel, row, column in np.ndindex(array.shape):
         assert found[(channel * 4 + row) * 5 + column, out] == array[out, channel, row, column]
@@ -256,20 +256,20 @@ def test_transforms_of_keras_by_hand():
     rng = np.random.default_rng(0)
     # A depthwise kernel has its multiplier last, ours its one input channel of each group.
     kernel = rng.normal(size=(3, 5, 4, 1))
-    assert np.array_equal(matcher.transform("depthwise", kernel)[2, 4, 0], kernel[2, 4, :, 0])
+    assert np.array_equal(transforms.apply("depthwise", kernel)[2, 4, 0], kernel[2, 4, :, 0])
     # An image with its channels turned round, convolved with a kernel for that order.
     image, kernel = rng.normal(size=(2, 2, 3)), rng.normal(size=(2, 2, 3, 4))
-    got = np.einsum("hwi,hwio->o", image, matcher.transform("bgr", kernel))
+    got = np.einsum("hwi,hwio->o", image, transforms.apply("bgr", kernel))
     assert np.allclose(got, np.einsum("hwi,hwio->o", image[..., ::-1], kernel))
     # A map of a flattened image, pixel after pixel there, channel after channel here.
     image, kernel = rng.normal(size=(7, 7, 3)), rng.normal(size=(7 * 7 * 3, 4))
-    got = image.transpose(2, 0, 1).ravel() @ matcher.transform("rows_first", kernel)
+    got = image.transpose(2, 0, 1).ravel() @ transforms.apply("rows_first:49", kernel)
     assert np.allclose(got, image.ravel() @ kernel)
 
 
 @pytest.mark.parametrize(
     ("how", "shape"),
-    [("depthwise", (3, 4, 1)), ("bgr", (3, 4)), ("rows_first", (48, 5)), ("rows_first", (7, 7, 3))],
+    [("depthwise", (3, 4, 1)), ("bgr", (3, 4)), ("rows_first:49", (48, 5)), ("rows_first:49", (7, 7, 3))],
 )
 def test_transforms_of_keras_do_not_fit_other_shapes(how, shape):
     assert matcher.Part("x", how).shape(shape) is None

@@ -99,7 +99,9 @@ def test_positions_are_resized_only_where_the_config_says_so(tmp_path):
         load(tmp_path, arrays | {"pos_embed": np.zeros((1, 37, 16), np.float32)}, resize=("embed/position",))
     with pytest.raises(UserError, match="position embeddings of 37 patches are no square grid"):
         load(tmp_path, arrays | {"pos_embed": np.zeros((1, 38, 32), np.float32)}, resize=("embed/position",))
-    with pytest.raises(UserError, match="resize=block1: of vit_mini only embed/position has a way to be resized"):
+    with pytest.raises(
+        UserError, match="resize=block1: of vit_mini only embed/position, embed/patch/kernel has a way to be resized"
+    ):
         load(tmp_path, arrays, resize=("block1",))
 
 

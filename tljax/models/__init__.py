@@ -1,5 +1,6 @@
 """The models by name: create one, know its shapes without computing, initialise only the leaves needed."""
 
+import functools
 from collections.abc import Collection
 
 import jax
@@ -23,7 +24,9 @@ from tljax.models import (
 )
 from tljax.models.chain import Chain
 
-__all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "positions", "shapes"]
+__all__ = [
+    "Chain", "conversion", "create", "initialise", "input_size", "names", "patches", "positions", "shapes", "stem",
+]  # fmt: skip
 
 _FAMILIES = (clip, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnetv2, swin, vgg, vit)
 _COLLECTIONS = ("params", "batch_stats")
@@ -46,11 +49,12 @@ def create(
 ) -> Chain:
     """The model called `name`; `dtype` is that of the computation, `axis_name` the axis of a pmap.
 
-    Overrides: drop_rate, drop_path_rate. An unknown name raises UserError.
+    Overrides: drop_rate, drop_path_rate, channels (of the images, by default 3). An unknown name raises UserError.
     """
-    unknown = set(overrides) - {"drop_rate", "drop_path_rate"}
+    known = ("channels", "drop_path_rate", "drop_rate")
+    unknown = set(overrides) - set(known)
     if unknown:
-        raise errors.unknown("model field", min(unknown), ("drop_rate", "drop_path_rate"))
+        raise errors.unknown("model field", min(unknown), known)
     return _family(name).create(
         name, num_classes=num_classes, dtype=dtype, param_dtype=param_dtype, axis_name=axis_name, **overrides
     )
@@ -72,9 +76,24 @@ def positions(name: str) -> dict[str, int]:
     return family.positions(name) if hasattr(family, "positions") else {}
 
 
-def _init(model: Chain, key: jax.Array, size: int | None) -> dict:
+def patches(name: str) -> tuple[str, ...]:
+    """The paths of kernels that embed patches, which can be resized; () for most models."""
+    family = _family(name)
+    return getattr(family, "PATCHES", ())
+
+
+@functools.cache
+def stem(name: str) -> str:
+    """The leaf "params/…/kernel" of the convolution that sees the image: the one that has its channels."""
+    three, four = (traverse_util.flatten_dict(shapes(create(name, 2, channels=n)), sep="/") for n in (3, 4))
+    (leaf,) = (path for path in three if three[path].shape != four[path].shape)
+    return leaf
+
+
+def _init(model: Chain, key: jax.Array, size: int | tuple[int, int] | None) -> dict:
     size = size or model.size
-    variables = model.init(key, jnp.zeros((1, size, size, 3)))
+    height, width = size if isinstance(size, tuple) else (size, size)
+    variables = model.init(key, jnp.zeros((1, height, width, model.channels)))
     return {collection: variables.get(collection, {}) for collection in _COLLECTIONS}
 
 
@@ -87,10 +106,10 @@ def _ordered(model: Chain, tree: dict) -> dict:
     }
 
 
-def shapes(model: Chain, size: int | None = None) -> dict:
+def shapes(model: Chain, size: int | tuple[int, int] | None = None) -> dict:
     """{"params": ..., "batch_stats": ...} as nested dicts of ShapeDtypeStruct; nothing is computed.
 
-    `size` is the input's height and width in pixels, by default the model's own.
+    `size` is the input's height and width in pixels, one number if equal, by default the model's own.
     """
     model = model.clone(axis_name=None)  # the axis exists within pmap only, and shapes do not depend on it
     return _ordered(model, jax.eval_shape(lambda key: _init(model, key, size), jax.random.key(0)))

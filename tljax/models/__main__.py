@@ -2,6 +2,7 @@
 
 from tljax import errors, models
 from tljax.command import from_command_line, run
+from tljax.errors import listing
 from tljax.models.counts import counts
 from tljax.plan import matches
 from tljax.report import text
@@ -25,14 +26,15 @@ def main(argv: list[str]) -> int:
         model = models.create(name, CLASSES)
         found = counts(model)
         cells = (text.thousands(found.parameters), f"{found.flops / 1e9:.2f}", str(model.size), str(len(model.stages)))
-        console.print(line(name, cells, ", ".join(card.name for card in cards(name)), width))
+        console.print(line(name, cells, listing([card.name for card in cards(name)], 1), width))
     console.print(
         f"\nwith {CLASSES} classes; GFLOP: 10^9 operations of a forward pass of one image of that size, a multiply-add "
         "counting as two"
     )
     for card in (card for name in chosen for card in cards(name)):
         top1 = "" if card.top1 is None else f", top-1 {card.top1:.1f} %"
-        console.print(f"weights {card.name}: {card.licence}, {card.trained_on}{top1}; {card.source}; {card.origin}")
+        licence = f"{card.licence} ({card.note})" if card.note else card.licence
+        console.print(f"weights {card.name}: {licence}, {card.trained_on}{top1}; {card.source}; {card.origin}")
     return 0
 
 

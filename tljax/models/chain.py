@@ -34,6 +34,7 @@ class Chain(nn.Module):
 
     num_classes: int = 1000
     size: int = 224  # the input's height and width at which the published weights were trained
+    channels: int = 3  # of the images
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     dtype: Any = jnp.float32
@@ -63,7 +64,7 @@ class Chain(nn.Module):
     ) -> jax.Array:
         """Applies the stages from `start` to before `stop`; all: images to logits [batch, classes], float32.
 
-        x: normalised images [batch, height, width, 3], or with `start` what that stage takes; `stop="head"`
+        x: normalised images [batch, height, width, channels], or with `start` what that stage takes; `stop="head"`
         returns pooled features [batch, features], which `start="head"` takes. `live` holds the module paths
         in training mode: a norm ("block3/bn1") in it uses and moves batch statistics, a stage ("block3") in
         it drops out; by default none. An unknown stage raises UserError.

@@ -130,7 +130,7 @@ def conversion(name: str) -> dict[str, naming.Table]:
     }
 
 
-def _rows(stem, down, block, dw, norm, fc1, fc2, gamma, last, head) -> list[naming.Row]:
+def _rows(stem, down, block, dw, norm, fc1, fc2, gamma, last, head, scales="same") -> list[naming.Row]:
     """Rows by the sources of what all namings have; stem and down are those of a convolution and of a norm."""
     return [
         *naming.conv(stem[0], "stem/conv"),
@@ -141,7 +141,7 @@ def _rows(stem, down, block, dw, norm, fc1, fc2, gamma, last, head) -> list[nami
         *naming.affine(block + norm, "block{}/norm"),
         *naming.dense(block + fc1, "block{}/mlp/fc1"),
         *naming.dense(block + fc2, "block{}/mlp/fc2"),
-        (block + gamma, "params/block{}/layer_scale/gamma", "vector"),
+        (block + gamma, "params/block{}/layer_scale/gamma", scales),
         *naming.affine(last, "norm"),
         *naming.dense(head, "head"),
     ]
@@ -159,7 +159,7 @@ def _torchvision() -> list[naming.Row]:
     down, block = r"features\.([246])\.", r"features\.([1357])\.(\d+)\."
     return _rows(
         (r"features\.0\.0", r"features\.0\.1"), (f"{down}1", f"{down}0"), block, r"block\.0", r"block\.2", r"block\.3",
-        r"block\.5", "layer_scale", r"classifier\.0", r"classifier\.2",
+        r"block\.5", "layer_scale", r"classifier\.0", r"classifier\.2", scales="vector",
     )  # fmt: skip
 
 

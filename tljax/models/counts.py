@@ -21,7 +21,7 @@ def counts(model: Chain, size: int | None = None) -> Counts:
     """The counts at an input of `size` pixels a side, by default the model's own; nothing is computed."""
     size, model = size or model.size, model.clone(axis_name=None)
     # The forward pass is part of initialising: one trace tells both.
-    init = lambda key: model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+    init = lambda key: model.init(key, jnp.zeros((1, size, size, model.channels)))["params"]
     closed, params = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
     return Counts(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)), flops(closed.jaxpr))
 

@@ -136,12 +136,12 @@ def conversion(name: str) -> dict[str, naming.Table]:
     if VARIANTS[name].keras:
         return {"keras": _keras(depths)}
     # Published files of torchvision still have the older norm.1 for norm1.
-    layer, change = r"features\.denseblock(\d+)\.denselayer(\d+)\.", r"features\.transition(\d+)\."
+    layer, change = r"features\.denseblock(\d+)\.denselayer([1-9]\d*)\.", r"features\.transition(\d+)\."
     rows = [(r"features\.conv0\.weight", "params/stem/conv/kernel", "conv")]
     rows += naming.batch_norm(r"features\.norm0", "stem/norm")
     for i in (1, 2):
-        rows += naming.batch_norm(rf"{layer}norm\.?{i}", f"block{{}}/norm{i}")
-        rows.append((rf"{layer}conv\.?{i}\.weight", f"params/block{{}}/conv{i}/kernel", "conv"))
+        rows += naming.batch_norm(rf"{layer}norm\.??{i}", f"block{{}}/norm{i}")
+        rows.append((rf"{layer}conv\.??{i}\.weight", f"params/block{{}}/conv{i}/kernel", "conv"))
     rows += [
         *naming.batch_norm(f"{change}norm", "transition{}/norm"),
         (rf"{change}conv\.weight", "params/transition{}/conv/kernel", "conv"),

@@ -49,6 +49,8 @@ class Variant:
     stem: int = 32
     top: int = 1280
     same: bool = True
+    epsilon: float = 1e-3
+    momentum: float = 0.99
     namings: tuple[str, ...] = ("efficientnet_pytorch", "keras")
 
     @property
@@ -146,6 +148,11 @@ VARIANTS = {
     **_V1,
     # In timm the names without tf_ are those of other networks, with the same keys but symmetric padding.
     **{f"tf_{name}": dataclasses.replace(variant, namings=("timm",)) for name, variant in _V1.items()},
+    # Those other networks, as timm itself has trained them.
+    **{
+        f"timm_{name}": dataclasses.replace(_V1[name], same=False, epsilon=1e-5, momentum=0.9, namings=("timm",))
+        for name in (f"efficientnet_b{number}" for number in range(5))
+    },
     # As TensorFlow has them, and as torchvision.
     **{f"tf_efficientnetv2_{letter}": variant for letter, variant in (("s", _S), ("m", _M), ("l", _L))},
     **{
@@ -189,7 +196,9 @@ class EfficientNet(Chain):
 
     def stage(self, name: str) -> nn.Module:
         """The module of one stage."""
-        common = layers.Common(self.dtype, self.param_dtype, self.axis_name, epsilon=1e-3, momentum=0.99)
+        common = layers.Common(
+            self.dtype, self.param_dtype, self.axis_name, epsilon=self.variant.epsilon, momentum=self.variant.momentum
+        )
         v, (stem, top) = self.variant, self.variant.ends()
         if name == "stem":
             return inverted.ConvNormAct(common, v.act, stem, size=3, stride=2, same=v.same, name=name)

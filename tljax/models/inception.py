@@ -257,16 +257,15 @@ def conversion(name: str) -> dict[str, naming.Table]:
         ),
         *naming.dense("fc", "head"),
     )
-    if not VARIANTS[name].auxiliary:
-        return {"torchvision": (*rows, (r"AuxLogits\..*", None, "same"))}
-    at = r"AuxLogits\.(conv\d)\."
-    return {
-        "torchvision": (
-            *rows,
+    if VARIANTS[name].auxiliary:
+        at = r"AuxLogits\.(conv\d)\."
+        rows += (
             *naming.table(naming.conv_norm(f"{at}conv", f"{at}bn", f"{AUXILIARY}/aux/{{}}"), lambda match: match[1]),
             *naming.dense(r"AuxLogits\.fc", f"{AUXILIARY}/aux/fc"),
         )
-    }
+    else:
+        rows += ((r"AuxLogits\..*", None, "same"),)
+    return {"torchvision": rows, "timm": rows}
 
 
 def _keras(first: int) -> naming.Table:

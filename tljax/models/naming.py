@@ -2,10 +2,13 @@
 
 A target is a path, a function from the match to a path, None for a key that is knowingly left out, or a tuple of
 targets, between which the array is divided evenly along its first axis. The transforms are those of
-tljax.weights.matcher: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat" (a convolution over the whole image, OIHW,
-to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), "vector" (all axes as one),
-and of Keras, whose arrays are HWIO and IO already: "bgr" (a first convolution's input channels turned round),
-"depthwise" (HWCM to HWMC), "rows_first" (a linear map of a flattened image of 7x7 pixels, HWC to CHW).
+tljax.weights.transforms: "conv" (OIHW to HWIO), "linear" (OI to IO), "flat:n" (a convolution over the whole image of
+n pixels, OIHW, to a linear map of its flattened values), "same", "squeezed" (without leading axes of one), … Beside a
+None it may name a constant of tljax.weights.inverse, which files in that naming hold. Keras' arrays are HWIO and IO
+already, and have "bgr", "depthwise" and "rows_first".
+
+A table is also read backwards, to write files: of the names that a pattern matches the regular expression's first
+choice is written, `(?:a|b)?` as a, `(?:a)??` as nothing.
 """
 
 import re
@@ -44,7 +47,7 @@ def batch_norm(source: str, target: str) -> list[Row]:
         (rf"{source}\.bias", f"params/{target}/bias", "same"),
         (rf"{source}\.running_mean", f"batch_stats/{target}/mean", "same"),
         (rf"{source}\.running_var", f"batch_stats/{target}/var", "same"),
-        (rf"{source}\.num_batches_tracked", None, "same"),
+        (rf"{source}\.num_batches_tracked", None, "count"),
     ]
 
 

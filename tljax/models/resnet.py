@@ -157,7 +157,8 @@ def create(name: str, **fields) -> ResNet:
 def conversion(name: str) -> dict[str, naming.Table]:
     """The table for torchvision's and timm's state dicts, or for Keras' weights."""
     variant = VARIANTS[name]
-    return {variant.naming: _ROWS[variant.naming](variant)}
+    table = _ROWS[variant.naming](variant)
+    return {"torchvision": table, "timm": table} if variant.naming == "torchvision" else {variant.naming: table}
 
 
 def _torchvision(v: Variant) -> naming.Table:

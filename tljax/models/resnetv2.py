@@ -151,7 +151,7 @@ def _timm() -> list[naming.Row]:
 
 def _google() -> list[naming.Row]:
     """Kernels have our order of axes, and the head is a convolution of one pixel."""
-    block, kernel = r"resnet/block(\d+)/unit(\d+)/", "standardized_conv2d/kernel"
+    block, kernel = r"resnet/block(\d+)/unit(0[1-9]|[1-9]\d)/", "standardized_conv2d/kernel"
     rows = [(f"resnet/root_block/{kernel}", "params/stem/conv/kernel", "same")]
     for i, letter in enumerate("abc", 1):
         rows.append((f"{block}{letter}/{kernel}", f"params/block{{}}/conv{i}/kernel", "same"))
@@ -160,7 +160,7 @@ def _google() -> list[naming.Row]:
         *rows,
         (f"{block}a/proj/{kernel}", "params/block{}/downsample_conv/kernel", "same"),
         *_google_norm("resnet/group_norm", "norm"),
-        ("resnet/head/conv2d/kernel", "params/head/kernel", "squeezed"),
+        ("resnet/head/conv2d/kernel", "params/head/kernel", "pixel"),
         ("resnet/head/conv2d/bias", "params/head/bias", "same"),
     ]
 

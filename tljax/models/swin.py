@@ -249,7 +249,8 @@ def _torchvision() -> list[naming.Row]:
         *naming.dense(rf"{block}mlp\.3", _FC2),
         *naming.affine("norm", "norm"),
         *naming.dense("head", "head"),
-        _DERIVED,
+        (rf"{block}attn\.relative_position_index", None, "window_index"),
+        (r".*\.attn_mask", None, "same"),
     ]
 
 

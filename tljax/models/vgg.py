@@ -147,7 +147,7 @@ def conversion(name: str) -> dict[str, naming.Table]:
             *naming.dense(r"classifier\.6", "head"),
         ],
         "timm": [
-            *naming.dense(r"pre_logits\.fc1", "hidden1/dense", transform="flat"),
+            *naming.dense(r"pre_logits\.fc1", "hidden1/dense", transform=f"flat:{VARIANTS[name].grid}"),
             *naming.dense(r"pre_logits\.fc2", "hidden2/dense", transform="flat"),
             *naming.dense(r"head\.fc", "head"),
         ],
@@ -161,7 +161,7 @@ def _keras() -> naming.Table:
         *naming.keras_layer("block1_conv1", "block1/conv1", transform="bgr"),
         *naming.table(convs, lambda match: f"block{match[1]}/conv{match[2]}"),
         # Keras flattens pixel after pixel, PyTorch channel after channel.
-        *naming.keras_layer("fc1", "hidden1/dense", transform="rows_first"),
+        *naming.keras_layer("fc1", "hidden1/dense", transform="rows_first:49"),
         *naming.keras_layer("fc2", "hidden2/dense"),
         *naming.keras_head(),
     )

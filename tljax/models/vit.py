@@ -10,6 +10,7 @@ from flax import linen as nn
 from tljax.errors import UserError
 from tljax.models import layers, naming
 from tljax.models.chain import Chain
+from tljax.models.vit_tables import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +223,10 @@ class ViT(Chain):
         return x[:, v.prefix :].mean(1) if v.mean_pool else x[:, 0]
 
 
+# Kernels that can be resized for patches of another size.
+PATCHES = ("embed/patch/kernel",)
+
+
 def create(name: str, **fields) -> ViT:
     """The network called `name`; without `fields` it drops nothing."""
     variant = VARIANTS[name]
@@ -235,85 +240,5 @@ def positions(name: str) -> dict[str, int]:
 
 
 def conversion(name: str) -> dict[str, naming.Table]:
-    """The tables for timm's state dicts, for the files of Hugging Face transformers, and for torchvision's."""
+    """The tables for timm's state dicts, the files of Hugging Face transformers, torchvision's, Google's .npz."""
     return tables(VARIANTS[name])
-
-
-def tables(variant: Variant) -> dict[str, naming.Table]:
-    """The conversion tables of a variant; only timm has a norm behind the pooling."""
-    rows = {"timm": _timm("fc_norm" if variant.fc_norm else "norm")}
-    if not variant.fc_norm:
-        rows |= {"transformers": _transformers(), "torchvision": _torchvision()}
-    return {source: naming.table(found, number=lambda match: int(match[1]) + 1) for source, found in rows.items()}
-
-
-_QKV = tuple(f"block{{}}/attn/{name}" for name in ("query", "key", "value"))
-_OUT, _FC1, _FC2 = "block{}/attn/out", "block{}/mlp/fc1", "block{}/mlp/fc2"
-
-
-def _embed(patch: str, class_token: str, position: str) -> list[naming.Row]:
-    return [
-        (rf"{patch}\.weight", "params/embed/patch/kernel", "conv"),
-        (rf"{patch}\.bias", "params/embed/patch/bias", "same"),
-        (class_token, "params/embed/class_token", "squeezed"),
-        (position, "params/embed/position", "squeezed"),
-    ]
-
-
-def _timm(norm: str) -> list[naming.Row]:
-    block = r"blocks\.(\d+)\."
-    rows = [
-        *_embed(r"patch_embed\.proj", "cls_token", "pos_embed"),
-        ("reg_token", "params/embed/registers", "squeezed"),
-        *naming.dense(rf"{block}attn\.qkv", *_QKV),
-        *naming.dense(rf"{block}attn\.proj", _OUT),
-        *naming.dense(rf"{block}mlp\.fc1", _FC1),
-        *naming.dense(rf"{block}mlp\.fc2", _FC2),
-        *naming.affine(norm, "norm"),
-        *naming.dense("head", "head"),
-    ]
-    for i in (1, 2):
-        rows += naming.affine(rf"{block}norm{i}", f"block{{}}/norm{i}")
-        rows.append((rf"{block}ls{i}\.gamma", f"params/block{{}}/layer_scale{i}/gamma", "same"))
-    return rows
-
-
-def _transformers() -> list[naming.Row]:
-    """Of ViT and of DINOv2, as its files have it (in memory, newer versions use other names)."""
-    model, block = r"(?:vit\.|dinov2\.)?", r"(?:vit\.|dinov2\.)?encoder\.layer\.(\d+)\."
-    embeddings = rf"{model}embeddings\."
-    rows = [
-        *_embed(
-            rf"{embeddings}patch_embeddings\.projection", rf"{embeddings}cls_token", rf"{embeddings}position_embeddings"
-        ),
-        (rf"{embeddings}mask_token", None, "same"),
-        (rf"{model}pooler\..*", None, "same"),
-        *naming.dense(rf"{block}attention\.output\.dense", _OUT),
-        *naming.dense(rf"{block}(?:intermediate\.dense|mlp\.fc1)", _FC1),
-        *naming.dense(rf"{block}(?:output\.dense|mlp\.fc2)", _FC2),
-        *naming.affine(rf"{model}layernorm", "norm"),
-        *naming.dense("classifier", "head"),
-    ]
-    for target in _QKV:
-        rows += naming.dense(rf"{block}attention\.attention\.{target.split('/')[-1]}", target)
-    for i, where in ((1, "before"), (2, "after")):
-        rows += naming.affine(rf"{block}(?:layernorm_{where}|norm{i})", f"block{{}}/norm{i}")
-        rows.append((rf"{block}layer_scale{i}\.lambda1", f"params/block{{}}/layer_scale{i}/gamma", "same"))
-    return rows
-
-
-def _torchvision() -> list[naming.Row]:
-    block = r"encoder\.layers\.encoder_layer_(\d+)\."
-    rows = [
-        *_embed("conv_proj", "class_token", r"encoder\.pos_embedding"),
-        *naming.dense(rf"{block}self_attention\.in_proj", *_QKV, weight="_weight", bias="_bias"),
-        *naming.dense(rf"{block}self_attention\.out_proj", _OUT),
-        # Older files call the layers linear_1 and linear_2.
-        *naming.dense(rf"{block}mlp\.(?:0|linear_1)", _FC1),
-        *naming.dense(rf"{block}mlp\.(?:3|linear_2)", _FC2),
-        *naming.affine(r"encoder\.ln", "norm"),
-        *naming.dense(r"heads\.head", "head"),
-    ]
-    for i in (1, 2):
-        rows += naming.affine(rf"{block}ln_{i}", f"block{{}}/norm{i}")
-    return rows

@@ -1,15 +1,18 @@
 """Pre-trained weights: where they are, what is known about them (cards), and their strict conversion."""
 
+import contextlib
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import hdf5, lazy, lookalike, matcher, parts, readers
-from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
+from tljax.weights import hdf5, lazy, lookalike, matcher, parts, readers, resizing, runs
+from tljax.weights.cards import CARDS, INSTALL, Card, assumed, from_header, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
 
@@ -30,10 +33,11 @@ class Loaded:
 
 
 def card(spec: str, model_name: str = "") -> Card:
-    """The card of a catalogue name, of a model's name (its first card), a file, a path or "hf:org/name".
+    """The card of a catalogue name, of a model's name (its first card), a path, "hf:org/name" or a run's folder.
 
-    A file with the content of one of the catalogue's has that card. For any other the usual preprocessing of
-    `model_name` is assumed, and `note` says so. Raises UserError for an unknown name or a missing file.
+    A file with the content of one of the catalogue's has that card, one that tljax wrote that of its header, a run
+    that of its preprocessing. For any other the usual preprocessing of `model_name` is assumed, and `note` says so.
+    Raises UserError for an unknown name or a missing file.
     """
     if catalogued := named(spec):
         return catalogued
@@ -42,10 +46,15 @@ def card(spec: str, model_name: str = "") -> Card:
     for known in CARDS.values():
         if known.source == spec:
             return known
-    content = files.digest(*readers.files(_file(spec, spec)))
+    path = _file(spec, spec)
+    if runs.is_run(path):
+        return runs.card(path, spec)
+    content = files.digest(*readers.files(path))
     for known in CARDS.values():
         if known.sha256 == content:
             return dataclasses.replace(known, source=spec)
+    if told := from_header(readers.metadata(path), spec, content):
+        return told
     return assumed(spec, model_name, content, _input_size(model_name))
 
 
@@ -62,6 +71,8 @@ def _file(source: str, name: str) -> Path:
         return hub.locate(source, f"weights {name!r}")
     package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
     path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
+    if runs.is_run(path):
+        return path
     if not path.is_dir():
         _fetch_shards(source, path, name)
         return path
@@ -115,13 +126,15 @@ def load(
     shapes: Mapping[str, Mapping],
     reset: Sequence[str] = (),
     resize: Sequence[str] = (),
+    channels: int | None = None,
     tables: Mapping[str, tuple] | None = None,
 ) -> Loaded:
     """Fills `shapes` ({"params": …, "batch_stats": …}, nested, of ShapeDtypeStruct) with pre-trained arrays.
 
-    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize:
-    position embeddings that are interpolated where the file's are of another number; tables: those of another part of
-    the file than the model, as CLIP's text tower.
+    reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize: what
+    is interpolated where the file has it in another size, positions and patches (tljax.weights.resizing);
+    channels: of the network's images, to which the first convolution is adapted, None: it must fit; tables: those of
+    another part of the file than the model, as CLIP's text tower.
     The arrays have the leaves' shapes and types. Strict: raises UserError, one line, for weights of another
     model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
     """
@@ -129,27 +142,50 @@ def load(
     shapes = {"params": {}, "batch_stats": {}, **shapes}
     leaves = {path: tuple(leaf.shape) for path, leaf in matcher.flatten(shapes).items()}
     reset = _patterns(reset)
+    resize = _patterns(resize)
     check(found, model_name, leaves, reset, resize)
-    path = _file(found.source, found.name)
-    if found.sha256:
-        files.check(found.sha256, *readers.files(path))
-    arrays = read(path)
-    naming, table = _table(found, list(arrays), lookalike.tables(model_name) if tables is None else tables)
-    names = lazy.shapes(arrays)
-    resizable = _resizable(model_name)
-    resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
-    result = matcher.fit(names, table, leaves, reset, resize)
-    if result.problems:
-        if tables is None and result.problems > _OTHER_MODEL * len(names):
-            other = lookalike.find(names, model_name)
-            if other:
-                raise UserError(
-                    f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
-                )
-        hdf5.check_named(path, names)
-        raise matcher.mismatch(result, str(path), model_name, naming, table, resizable)
-    filled = matcher.fill(arrays, result, shapes, resize)
-    return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming))
+    with _verified(found) as path:
+        arrays = runs.read(path) if runs.is_run(path) else read(path)
+        naming, rows = table(found, model_name, list(arrays), tables)
+        names = lazy.shapes(arrays)
+        ways = resizing.ways(model_name, resize, channels)
+        result = matcher.fit(names, rows, leaves, reset, {leaf: way.axes for leaf, way in ways.items()})
+        if result.problems:
+            if tables is None and result.problems > _OTHER_MODEL * len(names):
+                other = lookalike.find(names, model_name)
+                if other:
+                    raise UserError(
+                        f"the keys of {path} look like those of {other[0]} ({other[1]} naming), not {model_name}"
+                    )
+            hdf5.check_named(path, names)
+            raise matcher.mismatch(result, str(path), model_name, naming, rows, resizing.resizable(model_name))
+        filled = matcher.fill(arrays, result, shapes, {leaf: way.make for leaf, way in ways.items()})
+        adapted = {}
+        for leaf in result.resized:
+            name, part = result.pairs[leaf]
+            before = part.shape(tuple(names[name]))
+            if 2 in ways[leaf].axes and before[2] != leaves[leaf][2]:
+                adapted[leaf] = resizing.told(leaf, before, leaves[leaf])
+        return Loaded(filled["params"], filled["batch_stats"], found, matcher.report(result, shapes, naming, adapted))
+
+
+@contextlib.contextmanager
+def _verified(card: Card) -> Iterator[Path]:
+    """Where the card's weights lie; their SHA-256 is compared meanwhile, before other mistakes are told."""
+    path = _file(card.source, card.name)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(files.check, card.sha256, *readers.files(path)) if card.sha256 else None
+        try:
+            yield path
+        finally:
+            if hashing:
+                hashing.result()
+
+
+def opened(card: Card) -> tuple[Path, Mapping[str, np.ndarray]]:
+    """Where a card's weights lie, and their arrays by name, as the file calls them; its SHA-256 is compared."""
+    with _verified(card) as path:
+        return path, runs.read(path) if runs.is_run(path) else read(path)
 
 
 def num_classes(spec: str | Card, model_name: str) -> int:
@@ -160,12 +196,11 @@ def num_classes(spec: str | Card, model_name: str) -> int:
     from tljax import models
 
     found = spec if isinstance(spec, Card) else card(spec, model_name)
-    path = _file(found.source, found.name)
-    arrays = read(path)
-    _, table = _table(found, list(arrays), lookalike.tables(model_name))
+    path, arrays = opened(found)
+    _, rows = table(found, model_name, list(arrays))
     two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
     names = lazy.shapes(arrays)
-    pairs = matcher.fit(names, table, {k: () for k in three}).pairs
+    pairs = matcher.fit(names, rows, {k: () for k in three}).pairs
     for leaf, (name, part) in pairs.items():
         shape = part.shape(names[name])
         for axis, (a, b) in enumerate(zip(two[leaf].shape, three[leaf].shape)):
@@ -178,24 +213,11 @@ def check(
     found: Card | None, model_name: str, leaves: Iterable[str], reset: Sequence[str] = (), resize: Sequence[str] = ()
 ) -> None:
     """Raises UserError for what is wrong before any file is read: a card of another model, patterns without a leaf."""
-    if found and found.model and found.model != model_name:
+    resize = _patterns(resize)
+    if found and found.model and found.model != model_name and not resizing.of_patches(resize, model_name):
         raise UserError(f"weights {found.name!r} are of the model {found.model}, not {model_name}")
     matcher.check_reset(_patterns(reset), leaves)
-    ways = [matcher.path_of(leaf) for leaf in _resizable(model_name)] if resize else []
-    for pattern in _patterns(resize):
-        if not ways:
-            raise UserError(f"resize={pattern}: no leaf of {model_name} has a way to be resized")
-        if not any(matcher.covers((pattern,), path) for path in ways):
-            raise UserError(f"resize={pattern}: of {model_name} only {errors.listing(ways)} has a way to be resized")
-
-
-def _resizable(model_name: str) -> dict[str, Callable]:
-    """{leaf: how it is resized}, see `matcher.fill`."""
-    from tljax import models
-    from tljax.weights import positions
-
-    prefixes = models.positions(model_name)
-    return {f"params/{path}": functools.partial(positions.resize, prefix=n) for path, n in prefixes.items()}
+    resizing.check(resize, model_name)
 
 
 def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
@@ -203,7 +225,14 @@ def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _table(found: Card, names: list[str], tables: Mapping[str, tuple]) -> tuple[str, tuple]:
+def table(
+    found: Card, model_name: str, names: list[str], tables: Mapping[str, tuple] | None = None
+) -> tuple[str, tuple]:
+    """(naming, conversion table) of a file with these names, by default of the model's tables.
+
+    Raises UserError for a naming that the model lacks.
+    """
+    tables = lookalike.tables(model_name) if tables is None else tables
     if found.naming:
         if found.naming not in tables:
             raise errors.unknown("naming", found.naming, tables)

@@ -1,6 +1,10 @@
 """What must be known about pre-trained weights beside their numbers: preprocessing, licence, origin."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
+
+from tljax.weights import catalogue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -165,6 +169,7 @@ CARDS: dict[str, Card] = {
         _laion("large", 14, "laion2B-s32B-b82K", 75.3, mean=(0.5,) * 3, std=(0.5,) * 3),
         _laion("huge", 14, "laion2B-s32B-b79K", 78.0),
         _KERAS_RESNET50,
+        *(Card(sha256="", **row) for row in catalogue.rows()),
     )
 }
 
@@ -207,3 +212,38 @@ def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
 
 def _as(usual: Card | None, seen: dict) -> str:
     return f"as {usual.name}" if usual else "as the published ones'" if seen else "ImageNet mean and std"
+
+
+# What of a card a file that tljax writes carries in its header, under one key.
+KEY = "tljax.card"
+_TOLD = (
+    "model",
+    "input_size",
+    "mean",
+    "std",
+    "interpolation",
+    "crop",
+    "licence",
+    "origin",
+    "trained_on",
+    "top1",
+    "note",
+)
+
+
+def to_header(card: Card) -> dict[str, str]:
+    """A card as the text that a safetensors file holds beside its tensors."""
+    return {KEY: json.dumps({field: getattr(card, field) for field in _TOLD})}
+
+
+def from_header(metadata: Mapping[str, str], source: str, sha256: str) -> Card | None:
+    """The card in a file's header; None where there is none that can be used."""
+    try:
+        told = json.loads(metadata[KEY])
+        values = {field: told[field] for field in _TOLD}
+        values |= {field: tuple(map(float, told[field])) for field in ("mean", "std")}
+        if len(values["mean"]) != 3 or len(values["std"]) != 3 or not 0 < float(values["crop"]) <= 1:
+            return None
+        return Card(name=source.removeprefix("file:"), source=source, sha256=sha256, naming="", **values)
+    except (KeyError, TypeError, ValueError):
+        return None

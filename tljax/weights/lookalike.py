@@ -4,15 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tljax.weights import matcher
 
-# What tljax writes itself names every leaf by its path.
-OWN = {"tljax": ((r"(?:params|batch_stats)/.+", lambda match: match[0], "same"),)}
-
 
 def tables(model_name: str) -> dict[str, tuple]:
-    """The conversion tables of a model, by naming, and our own."""
+    """The conversion tables of a model, by naming, and our own, which names every leaf by its path."""
     from tljax import models
 
-    return OWN | models.conversion(model_name)
+    stages = "|".join(models.create(model_name, 2).stages)
+    own = (rf"(?:params|batch_stats)/(?:{stages})/.+", lambda match: match[0], "same")
+    return models.conversion(model_name) | {"tljax": (own,)}
 
 
 def best_table(names: list[str], model_name: str) -> tuple[str, tuple]:
@@ -39,10 +38,12 @@ def find(source: Mapping[str, tuple[int, ...]], model_name: str) -> tuple[str, s
 def fitting(source: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Each (model, naming) of `names` that `source` (name → shape) fits but for its head.
 
-    Names and numbers of stages are compared first, so that only the few models left are traced for shapes.
+    Names and numbers of stages are compared first, so that only the few models left are traced for shapes. One that
+    fits but for the number of its position embeddings comes after those that fit.
     """
     from tljax import models
 
+    nearly = []
     for name in names:
         for naming, table in tables(name).items():
             found = matcher.targets(source, table).values()
@@ -56,3 +57,8 @@ def fitting(source: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> Iter
             shapes = {path: leaf.shape for path, leaf in matcher.flatten(models.shapes(model)).items()}
             if matcher.fit(source, table, shapes, reset=("head",)).problems == 0:
                 yield name, naming
+                continue
+            resizable = {f"params/{path}": (0,) for path in models.positions(name)}
+            if matcher.fit(source, table, shapes, ("head",), resizable).problems == 0:
+                nearly.append((name, naming))
+    yield from nearly

@@ -8,10 +8,10 @@ first row whose regular expression matches a whole name in the file decides. The
 
 import dataclasses
 import difflib
-import itertools
-import math
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -20,39 +20,12 @@ import numpy as np
 from tljax import errors
 from tljax.errors import UserError, listing
 from tljax.patterns import matches
+from tljax.weights import transforms
 
 Target = str | Callable[[re.Match], str] | None
 Row = tuple[str, Target | tuple[Target, ...], str]
 
-# Which axes of the file's array become the axes of ours; None leaves them.
-AXES: dict[str, tuple[int, ...] | None] = {
-    "same": None,
-    "conv": (2, 3, 1, 0),  # [out, in, height, width] -> [height, width, in, out], depthwise included
-    "linear": (1, 0),  # [out, in] -> [in, out]
-    "depthwise": (0, 1, 3, 2),  # [height, width, channels, 1] -> [height, width, 1, channels], as Keras has it
-}
-
-
-SQUEEZED = "squeezed"  # without the leading axes of length one: [1, 1, width] -> [width]
-FLAT = "flat"  # a convolution as wide as the image as a linear map: [out, in, height, width] -> [in * h * w, out]
-VECTOR = "vector"  # all axes as one: [channels, 1, 1] -> [channels]
-BGR = "bgr"  # a first convolution, [height, width, in, out], for images with their channels in the other order
-ROWS_FIRST = "rows_first"  # a linear map of 7x7 pixels flattened: [h * w * channels, out] -> [channels * h * w, out]
-_PIXELS = 7 * 7
-
-
-def transform(name: str, array: np.ndarray) -> np.ndarray:
-    """`array` with its axes in our order; `name` is one of `AXES` or of the constants below it."""
-    if name in (SQUEEZED, VECTOR):
-        return array.reshape(_transformed(array.shape, name))
-    if name == FLAT:
-        return array.reshape(len(array), -1).T
-    if name == BGR:
-        return array[:, :, ::-1]
-    if name == ROWS_FIRST:
-        return array.reshape(_PIXELS, -1, array.shape[-1]).swapaxes(0, 1).reshape(array.shape)
-    axes = AXES[name]
-    return array if axes is None else np.transpose(array, axes)
+THREADS, STRIPE = 4, 64
 
 
 class Part(NamedTuple):
@@ -65,7 +38,7 @@ class Part(NamedTuple):
 
     def cut(self, array: np.ndarray) -> np.ndarray:
         """The part of the file's array, its axes in our order."""
-        return transform(self.transform, np.split(array, self.of)[self.index] if self.of > 1 else array)
+        return transforms.apply(self.transform, np.split(array, self.of)[self.index] if self.of > 1 else array)
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape that `cut` gives; None where it cannot be."""
@@ -73,7 +46,7 @@ class Part(NamedTuple):
             if not whole or whole[0] % self.of:
                 return None
             whole = (whole[0] // self.of, *whole[1:])
-        return _transformed(whole, self.transform)
+        return transforms.shape(self.transform, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +56,7 @@ class Report:
     loaded: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()  # to other channels, with what was done: "stem/conv/kernel: 3 → 1 channels by sum"
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -92,7 +66,7 @@ class Report:
     def line(self) -> str:
         """One line: how many leaves were loaded, and which were not."""
         parts = [f"{len(self.loaded)} leaves loaded ({self.numbers:,} parameters)"]
-        for what in ("reset", "resized", "missing", "unexpected"):
+        for what in ("reset", "resized", "adapted", "missing", "unexpected"):
             names = getattr(self, what)
             if names:
                 parts.append(f"{len(names)} {what}: {listing(names, 4)}")
@@ -170,12 +144,12 @@ def fit(
     table: Sequence[Row],
     leaves: Mapping[str, tuple[int, ...]],
     reset: Sequence[str] = (),
-    resize: Collection[str] = (),
+    resize: Mapping[str, Sequence[int]] | None = None,
 ) -> Fit:
     """Pairs names with leaves by their shapes alone.
 
     source: name in the file → shape; leaves: "params/…" or "batch_stats/…" → shape; reset: stages or path
-    prefixes whose leaves take nothing from the file; resize: leaves whose first axis may differ.
+    prefixes whose leaves take nothing from the file; resize: {leaf: axes in which it may differ}.
     """
     result = Fit(reset=[leaf for leaf in leaves if covers(reset, path_of(leaf))])
     for name, parts in targets(source, table).items():
@@ -196,7 +170,7 @@ def fit(
                 shape, expected = part.shape(tuple(source[name])), tuple(leaves[leaf])
                 if shape == expected:
                     continue
-                if leaf in resize and shape is not None and shape[1:] == expected[1:]:
+                if differ_only(shape, expected, (resize or {}).get(leaf, ())):
                     result.resized.append(leaf)
                 else:
                     result.misshaped[leaf] = (tuple(source[name]) if shape is None else shape, expected)
@@ -205,21 +179,11 @@ def fit(
     return result
 
 
-def _transformed(shape: tuple[int, ...], how: str) -> tuple[int, ...] | None:
-    if how == SQUEEZED:
-        return tuple(itertools.dropwhile(lambda length: length == 1, shape))
-    if how == FLAT:
-        return (math.prod(shape[1:]), shape[0]) if len(shape) == 4 else None
-    if how == VECTOR:
-        return (math.prod(shape),)
-    if how == BGR:
-        return shape if len(shape) == 4 else None
-    if how == ROWS_FIRST:
-        return shape if len(shape) == 2 and shape[0] % _PIXELS == 0 else None
-    axes = AXES[how]
-    if axes is None:
-        return shape
-    return tuple(shape[axis] for axis in axes) if len(axes) == len(shape) else None
+def differ_only(found: tuple[int, ...] | None, expected: tuple[int, ...], axes: Sequence[int]) -> bool:
+    """Whether two shapes are of as many axes, and equal but for some of `axes`."""
+    if found is None or len(found) != len(expected):
+        return False
+    return all(a == b or axis in axes for axis, (a, b) in enumerate(zip(found, expected)))
 
 
 def check_reset(reset: Sequence[str], leaves: Iterable[str]) -> None:
@@ -234,7 +198,12 @@ def check_reset(reset: Sequence[str], leaves: Iterable[str]) -> None:
 
 
 def mismatch(
-    result: Fit, file: str, model: str, naming: str, table: Sequence[Row], resizable: Collection[str] = ()
+    result: Fit,
+    file: str,
+    model: str,
+    naming: str,
+    table: Sequence[Row],
+    resizable: Mapping[str, Sequence[int]] | None = None,
 ) -> UserError:
     """The error for a fit that leaves a remainder: first ten names of each kind, counts, nearest names."""
     parts = []
@@ -256,10 +225,12 @@ def mismatch(
     known = [*result.missing, *result.misshaped]
     stages = list(dict.fromkeys(path_of(leaf).split("/")[0] for leaf in known))
     hint = f"; to start it afresh: reset={stages[0]!r}" if len(stages) == 1 and not strange else ""
-    if not strange and set(known) <= set(resizable):
-        last = {path_of(leaf).split("/")[-1] for leaf in known}
-        several = f"; to resize them: resize={'**/' + min(last)!r}" if len(last) == 1 and len(known) > 1 else ""
-        hint = several or (f"; to resize it: resize={path_of(known[0])!r}" if known else "")
+    can = [leaf for leaf, pair in result.misshaped.items() if differ_only(*pair, (resizable or {}).get(leaf, ()))]
+    if known and not strange and len(can) == len(known):
+        paths = [path_of(leaf) for leaf in can]
+        last = {path.split("/")[-1] for path in paths}
+        several = f"'**/{min(last)}'" if len(last) == 1 else str(tuple(paths))
+        hint = f"; to resize them: resize={several}" if len(paths) > 1 else f"; to resize it: resize={paths[0]!r}"
     return UserError(f"{file} does not fit {model} ({naming} naming): {'; '.join(parts)}{hint}")
 
 
@@ -286,31 +257,49 @@ def fill(
     source: Mapping[str, np.ndarray],
     result: Fit,
     shapes: Mapping[str, Mapping],
-    resize: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] | None = None,
+    resize: Mapping[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] | None = None,
 ) -> dict[str, dict]:
     """The trees of `shapes` with copies of the file's arrays in the leaves' types; reset leaves stay.
 
-    resize: leaf → function from the file's array and the length wanted to what goes into the leaf.
+    resize: leaf → function from the file's array and the shape wanted to what goes into the leaf.
     """
     leaves = flatten(shapes)
-    flat = {leaf: leaves[leaf] for leaf in result.reset}
-    for leaf, (name, part) in result.pairs.items():
+
+    def filled(leaf: str) -> np.ndarray:
+        name, part = result.pairs[leaf]
         array = part.cut(source[name])
         if leaf in result.resized:
-            array = resize[leaf](array, leaves[leaf].shape[0])
-        # A copy in any case: the arrays of a file are a view of it, and the file may change.
-        flat[leaf] = np.array(array, dtype=leaves[leaf].dtype, order="C", copy=True)
+            array = resize[leaf](array, tuple(leaves[leaf].shape))
+        return copied(array, leaves[leaf].dtype)
+
+    flat = {leaf: leaves[leaf] for leaf in result.reset}
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # numpy copies without Python's lock
+        flat |= zip(result.pairs, pool.map(filled, result.pairs))
     return _like(shapes, flat)
 
 
-def report(result: Fit, shapes: Mapping[str, Mapping], naming: str) -> Report:
-    """What `fill` did with a fit without problems."""
+def copied(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy in C order. A copy in any case: the arrays of a file are a view of it, and the file may change."""
+    copy = np.empty(array.shape, dtype)
+    if array.flags.c_contiguous or array.ndim < 2:
+        copy[...] = array
+    else:
+        # A transposed array in stripes: what is read then stays in the processor's cache until all of it is used.
+        for start in range(0, array.shape[-1], STRIPE):
+            copy[..., start : start + STRIPE] = array[..., start : start + STRIPE]
+    return copy
+
+
+def report(result: Fit, shapes: Mapping[str, Mapping], naming: str, adapted: Mapping[str, str] | None = None) -> Report:
+    """What `fill` did with a fit without problems; `adapted`: {leaf: what was done to its channels}."""
+    adapted = adapted or {}
     leaves = flatten(shapes)
     loaded = list(result.pairs)
     return Report(
         loaded=tuple(map(path_of, loaded)),
         reset=tuple(map(path_of, result.reset)),
-        resized=tuple(map(path_of, result.resized)),
+        resized=tuple(path_of(leaf) for leaf in result.resized if leaf not in adapted),
+        adapted=tuple(adapted.values()),
         ignored=tuple(result.ignored),
         numbers=sum(int(np.prod(leaves[leaf].shape)) for leaf in loaded if leaf.startswith("params/")),
         naming=naming,

@@ -32,6 +32,16 @@ def read(path: str | Path) -> Mapping[str, np.ndarray]:
     return {"safetensors": safetensors, "npz": npz, "hdf5": hdf5, "pth": pth}[kind].read(path)
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """The text that a safetensors file carries beside its tensors; {} for all other kinds."""
+    from tljax.weights import safetensors
+
+    if _kind(path) != "safetensors":
+        return {}
+    safetensors.read(path)  # finds it sound
+    return safetensors.metadata(path)
+
+
 def _shard(path: Path) -> Mapping[str, np.ndarray]:
     if _kind(path) == "json":
         raise UserError(f"{path}: an index names it as a file of arrays, and it is JSON")

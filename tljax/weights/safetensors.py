@@ -1,8 +1,11 @@
-"""Reads safetensors files as memory-mapped arrays, bfloat16 included."""
+"""Reads safetensors files as memory-mapped arrays, bfloat16 included, and writes them an array at a time."""
 
+import contextlib
 import json
 import mmap
 import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -69,3 +72,41 @@ def metadata(path: str | os.PathLike) -> dict[str, str]:
 
     with safe_open(os.fspath(path), framework="numpy") as opened:
         return opened.metadata() or {}
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, Callable[[], np.ndarray]], metadata: Mapping[str, str]) -> int:
+    """Writes what the functions return, one at a time, whole or not at all; returns the number of bytes.
+
+    Raises UserError where the file cannot be written or a type cannot be stored.
+    """
+    path, types = Path(path), {name: code for code, name in _DTYPES.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    told = {"__metadata__": dict(metadata)}
+    # The header comes first and tells where all end: room is left for it, and what is not needed stays blank.
+    room = len(json.dumps(told)) + sum(len(json.dumps(name)) + 300 for name in arrays)
+    room += -room % 8
+    try:
+        with temporary.open("wb") as file:
+            file.seek(8 + room)
+            end = 0
+            for name, array in arrays.items():
+                array = np.asarray(array())
+                if array.dtype.name not in types:
+                    raise UserError(f"{path}: {name!r} is of type {array.dtype}, which safetensors does not have")
+                start, end = end, end + array.nbytes
+                told[name] = {"dtype": types[array.dtype.name], "shape": array.shape, "data_offsets": (start, end)}
+                little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+                file.write(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data)
+            header = json.dumps(told).encode()
+            assert len(header) <= room
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + header.ljust(room))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return 8 + room + end
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
