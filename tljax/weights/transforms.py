@@ -25,8 +25,6 @@ VECTOR = "vector"  # all axes as one: [channels, 1, 1] -> [channels]
 BGR = "bgr"  # a first convolution, [height, width, in, out], for images with their channels in the other order
 # Of n (the number) flattened pixels a linear map: [n * channels, out] -> [channels * n, out].
 ROWS_FIRST = "rows_first"
-    "rows_first"  # of n flattened pixels a linear map: [n * channels, out] -> [channels * n, out]; n: the number
-)
 # So many heads as an axis of their own, in a bias, behind the inputs, before the outputs.
 HEADS = "heads"  # [heads, d] -> [heads * d]
 INTO_HEADS = "into_heads"  # [in, heads, d] -> [in, heads * d]
