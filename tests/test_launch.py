@@ -55,15 +55,23 @@ def assert_same(path: Path, other: Path, tolerance: dict) -> None:
         np.testing.assert_allclose(summary[split]["nll"], expected[split]["nll"], **tolerance)
 
 
+def kept(folder: Path) -> dict:
+    """Fields that keep features on disk."""
+    return {"cache": "disk", "cache_views": 2, "cache_folder": folder / "features"}
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory) -> dict[str, Path]:
-    """The tiny experiment in two processes, and in one with four devices and with one."""
+    """The tiny experiment in two processes, and in one with four devices and with one.
+
+    Each keeps its features elsewhere, and one does not keep any.
+    """
     root = tmp_path_factory.mktemp("launch")
     paths = {name: root / name for name in ("two", "four devices", "one device")}
     processes = [
-        launch(*changed(tiny, paths["two"])),
-        command("tljax.train", *changed(tiny, paths["four devices"]), devices=4),
-        command("tljax.train", *changed(tiny, paths["one device"]), devices=1),
+        launch(*changed(tiny, paths["two"], **kept(root))),
+        command("tljax.train", *changed(tiny, paths["four devices"], cache="memory", cache_views=2), devices=4),
+        command("tljax.train", *changed(tiny, paths["one device"], cache="off", cache_views=2), devices=1),
     ]
     said = [ended(process) for process in processes]
     for name, text in zip(("out", "err"), said[0]):
@@ -75,6 +83,8 @@ def test_two_processes_end_as_one_process(runs):
     assert Workdir(runs["two"]).summary()["devices"]["processes"] == 2
     assert_same(runs["two"], runs["four devices"], CLOSE)
     assert_same(runs["two"], runs["one device"], CLOSE)
+    features = list((runs["two"].parent / "features").rglob("*"))
+    assert sum(f.suffix == ".npy" for f in features) == 4 == len(features) - 1  # two views, val and test, in a folder
 
 
 def test_only_process_0_writes_and_speaks(runs):
@@ -96,7 +106,7 @@ def test_one_process_evaluates_the_checkpoint_of_two(runs, capsys):
 
 def test_sigterm_stops_all_at_one_step_and_any_number_goes_on(tiny, runs, tmp_path):
     path = tmp_path / "stopped"
-    process = launch(*changed(tiny, path))
+    process = launch(*changed(tiny, path, **kept(tmp_path)))
     begun = time.time()
     while not (path / "config.json").exists() and time.time() < begun + 60:  # the processes have found each other
         time.sleep(0.05)
@@ -108,8 +118,8 @@ def test_sigterm_stops_all_at_one_step_and_any_number_goes_on(tiny, runs, tmp_pa
     assert out.splitlines()[-1] == f"stopped by SIGTERM at step {step}, saved; the same command goes on from there"
 
     one = shutil.copytree(path, tmp_path / "one")
-    resumed = launch(*changed(tiny, path))
-    assert train.main(changed(tiny, one)) == 0
+    resumed = launch(*changed(tiny, path, **kept(tmp_path)))
+    assert train.main(changed(tiny, one, **kept(tmp_path))) == 0
     out, err = ended(resumed)
     assert f"resumed from step {step}" in out
     assert_same(path, runs["two"], EXACT)

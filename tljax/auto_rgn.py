@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--batches={flags.batches}: expected a whole number")
     parallel.start()
     dataset = data.load(config.data)
-    exp = experiment.build(config, len(dataset.classes))
+    exp = experiment.build(config, dataset.classes)
     p = exp.preprocessing
     params, stats, _ = exp.load()
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     ratios = relative_gradient_norms(loss, params, itertools.islice(batches, int(flags.batches or 8)))
     ratios = {stage: ratios[stage] for stage in exp.model.stages}
-    head = exp.model.stages[-1] if exp.card is None or exp.model.stages[-1] in config.reset else None
+    head = exp.model.stages[-1] if exp.card is None or exp.model.stages[-1] in exp.reset else None
     Console().print(f'config.strategy = "{strategy(multipliers(ratios, head))}"')
     return 0
 

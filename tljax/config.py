@@ -8,7 +8,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from tljax.errors import UserError, nearest, unknown
+from tljax.errors import UserError, listing, nearest, unknown
 
 
 def base(model: str = "efficientnet_lite0") -> ConfigDict:
@@ -28,12 +28,23 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.reset = ("head",)  # stages or paths that start anew instead of being loaded
     config.resize = ()  # paths that are resized to fit (position embeddings)
 
+    config.head = ""  # "zeroshot": a CLIP's vectors of the classes' names; "": drawn or loaded, as config.reset says
+    config.templates = "default"  # prompts for it: a set of tljax.texts, or a file with a line each, {} for the class
+    config.class_names = ""  # names for it, in the classes' order: a file with a line each, or a list; "": the data's
+    config.tokenizer = ""  # its file, folder, "package:…" or "hf:org/name"; "": the one beside the weights
+
     config.strategy = "frozen()"  # what trains: a strategy of tljax.strategies, written as a call
     config.phases = ""  # strategies in time instead of one: a call of tljax.phases, as lp_ft(head='5 epochs')
     config.norm_stats = "plan"  # whose statistics move: norms that train ("plan"), none ("frozen"), all ("batch")
     config.train_for = "15 epochs"  # durations are "n steps" or "n epochs"
     config.batch_size = 16  # over all devices
     config.label_smoothing = 0.1
+
+    config.cache = "auto"  # the frozen prefix computed once: "auto", "off", "memory" or "disk" (tljax.cache)
+    config.cache_views = 0  # augmented views of each photograph, in turn by epoch; 0: each epoch draws new ones
+    config.cache_limit = "4 GB"  # of features; what needs more goes on uncached
+    config.cache_folder = ""  # of "disk"; "": ~/.cache/tljax/features
+
     config.ema = 0.0  # decay of the moving average of the trained weights that is evaluated; 0: none
     config.regulariser = ""  # against forgetting: a call of tljax.regularisers, as l2_sp(strength=0.01); "": none
 
@@ -70,6 +81,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.augment.randaugment = ()  # (operations, magnitude)
     config.augment.mixup = 0.0  # alpha of the Beta distribution; 0: off
     config.augment.cutmix = 0.0
+    config.augment.mix_at = "images"  # what mixup and CutMix mix: images, or the "features" behind the frozen prefix
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw, sgd or lamb
@@ -139,9 +151,23 @@ def duration(text: str, steps_per_epoch: float, field: str, whole: int | None = 
     return round(steps)
 
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def nbytes(value: str, field: str) -> int:
+    """Returns the bytes in `"500 MB"` or `"1.5 GB"`. Raises UserError for other texts."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", value)
+    if not match:
+        raise UserError(f"config.{field} = {value!r}: expected a number of {listing(UNITS)}, as '4 GB'")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
 CHOICES = {
+    "cache": ("auto", "off", "memory", "disk"),
+    "augment.mix_at": ("images", "features"),
     "dtype": ("float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
+    "head": ("", "zeroshot"),
     "source.split": ("", "train", "val", "test"),
     "data.on_bad": ("stop", "skip"),
     "optim.name": ("adamw", "sgd", "lamb"),
@@ -152,9 +178,9 @@ CHOICES = {
     "parallel.mode": ("jit", "pmap"),
 }
 AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
-    ("seed", "image_size", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed", "data.limit",
-     "source.limit", "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay", "optim.momentum",
-     "optim.b1", "optim.b2", "optim.clip"), 0,
+    ("seed", "image_size", "cache_views", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed",
+     "data.limit", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay",
+     "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
 ) | {"drop_rate": -1, "drop_path_rate": -1}  # fmt: skip
 AT_MOST = {"seed": 2**32 - 1, "label_smoothing": 1}
 BELOW = dict.fromkeys(("ema", "drop_rate", "drop_path_rate", "optim.momentum", "optim.b1", "optim.b2"), 1)
@@ -187,6 +213,7 @@ def check(config: ConfigDict) -> None:
     for field in ("train_for", "log_every", "eval_every", "checkpoint_every"):
         duration(fields[field], 1.0, field)
     duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
+    nbytes(fields["cache_limit"], "cache_limit")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:

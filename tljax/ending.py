@@ -8,6 +8,7 @@ import numpy as np
 
 from tljax import STARTED, data, experiment, forgetting, parallel, source
 from tljax import plan as plans
+from tljax.cache import views
 from tljax.data.transforms import resize_and_centre_crop
 from tljax.report import metrics, pictures, source_pictures
 from tljax.report.page import html
@@ -21,7 +22,9 @@ def conclude(run, state: State) -> None:
     best, plan = run.notes["best"], run.plan
     run.verify(state, plan)
     chosen = best["step"] if best and run.config.select == "best" else steps
+    features = run.cache
     if chosen != steps:
+        features = None  # a checkpoint of another phase may have another prefix
         del state  # its memory is wanted
         plan, state = run.exp.restore(run.checkpoints, chosen, run.layout, len(run.dataset.train))
     run.checkpoints.close()
@@ -31,7 +34,7 @@ def conclude(run, state: State) -> None:
         for name in ("val", "test"):
             split = getattr(run.dataset, name)
             if len(split):
-                shown, logits = split, run.evaluate(params, stats, split)
+                shown, logits = split, run.evaluate(params, stats, split, features)
                 found[name] = metrics.classification(logits, split.labels, run.dataset.classes, run.dataset.coarse)
     if run.source:
         params, stats = run.layout.to_host((params, stats))
@@ -105,6 +108,13 @@ def summary(run, steps: int) -> dict:
             "steps": steps,
         },
         "leaks": list(run.leaks),
+        "cache": run.cache
+        and {
+            "cut": run.cache.cut,
+            "where": run.cache.where,
+            "views": views(config),
+            "bytes": run.cache.nbytes,
+        },
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},

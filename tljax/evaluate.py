@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from tljax import data, experiment, parallel
+from tljax.cache import FeatureCache
 from tljax.checkpoint import Checkpoints
 from tljax.command import from_command_line
 from tljax.errors import UserError
@@ -14,26 +15,38 @@ from tljax.workdir import Workdir
 
 
 class Evaluator:
-    """Gives the logits of every example of a split, in order, each exactly once; compiles once."""
+    """Gives the logits of every example of a split, in order, each exactly once; compiles once, and once a cut."""
 
     def __init__(self, exp: experiment.Experiment, layout: parallel.Layout):
         self.exp, self.layout = exp, layout
-        p = exp.preprocessing
-        self.predict = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std))
+        self._programs = {}
 
-    def __call__(self, params, stats, split: data.Split) -> np.ndarray:
-        """Returns float32 logits [examples, classes]."""
+    def __call__(self, params, stats, split: data.Split, cache: FeatureCache | None = None) -> np.ndarray:
+        """Returns float32 logits [examples, classes]; with `cache`, from the features at its cut."""
         config, p = self.exp.config, self.exp.preprocessing
-        batches = data.eval_batches(
-            split, batch_size=self.layout.batch_size, size=p.size, crop=p.crop, interpolation=p.interpolation,
-            threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
-        )  # fmt: skip
+        process = (jax.process_index(), jax.process_count())
+        if cache is None:
+            name = "image"
+            batches = data.eval_batches(
+                split, batch_size=self.layout.batch_size, size=p.size, crop=p.crop, interpolation=p.interpolation,
+                threads=config.data.threads, process=process,
+            )  # fmt: skip
+        else:
+            name, batches = "features", data.slices(cache(split), self.layout.batch_size, process)
+        predict = self.predict(cache and cache.cut)
         logits = [
-            np.asarray(self.predict(params, stats, self.layout.place_batch({"image": batch["image"]})["image"]))
-            for batch in batches
+            np.asarray(predict(params, stats, self.layout.place_batch({name: batch[name]})[name])) for batch in batches
         ]
         # Global batches lie in the order of the split; what fills the last one up comes at the end.
         return np.concatenate(logits)[: len(split)]
+
+    def predict(self, start: str | None):
+        """The compiled `predict(params, stats, images)`, or from the features that the stage `start` takes."""
+        if start not in self._programs:
+            p = self.exp.preprocessing
+            step = make_predict_step(self.exp.model, mean=p.mean, std=p.std, start=start)
+            self._programs[start] = self.layout.compile_predict(step)
+        return self._programs[start]
 
 
 def restore(workdir: Workdir, which: str = ""):
@@ -56,7 +69,7 @@ def restore(workdir: Workdir, which: str = ""):
     step = int(step)
     notes = checkpoints.notes(step)
     layout = parallel.Layout.for_evaluation(config.batch_size)
-    exp = experiment.build(config, len(notes["classes"]), layout)
+    exp = experiment.build(config, notes["classes"], layout)
     plan, state = exp.restore(checkpoints, step, layout, notes["examples"])
     checkpoints.close()
     return exp, layout, *evaluated(state, plan), notes

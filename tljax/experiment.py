@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tljax import adapters, delta, models, optim, phases, regularisers, strategies, weights
+from tljax import adapters, cache, delta, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
-from tljax.config import check, duration
+from tljax.config import base, check, duration
 from tljax.data.catalogue import CATALOGUE
 from tljax.data.pipeline import Augment
 from tljax.errors import UserError
@@ -44,11 +45,18 @@ class Experiment:
     preprocessing: Preprocessing
     shapes: dict  # {"params": …, "batch_stats": …} of jax.ShapeDtypeStruct
     plans: tuple[tuple[str, plans.Plan], ...]  # (duration, plan) of each phase
+    classes: tuple[str, ...] = ()  # their names, where they are known
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The path of every parameter."""
         return plans.paths(self.shapes["params"])
+
+    @property
+    def reset(self) -> tuple[str, ...]:
+        """The patterns of what the loaded network has not. A zero-shot classifier is its head."""
+        zeroshot = self.config.head == "zeroshot"
+        return tuple(p for p in self.config.reset if not (zeroshot and matches(p, f"{self.model.stages[-1]}/kernel")))
 
     @functools.cached_property
     def penalty(self) -> regularisers.Penalty | None:
@@ -60,7 +68,13 @@ class Experiment:
             raise UserError("config.regulariser needs loaded weights, config.weights = ''")
         own = set(plans.paths(_own(self.model, self.shapes)["params"]))  # adapters begin as the identity
         trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
-        return regularisers.resolve(regulariser, self.shapes["params"], trained, self.config.reset)
+        return regularisers.resolve(regulariser, self.shapes["params"], trained, self.reset)
+
+    def features(self, plan: plans.Plan) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what a plan's frozen prefix makes of one image."""
+        image = jax.ShapeDtypeStruct((1, self.preprocessing.size, self.preprocessing.size, 3), jnp.float32)
+        found = jax.eval_shape(lambda v, x: self.model.apply(v, x, stop=plan.cut), self.shapes, image)
+        return jax.ShapeDtypeStruct(found.shape[1:], found.dtype)
 
     def plain_model(self, num_classes: int):
         """The config's model on one device, for so many classes."""
@@ -131,6 +145,11 @@ class Experiment:
             report = loaded.report
             found = {"params": loaded.params, "batch_stats": loaded.batch_stats}
             values = {p: leaf for p, leaf in plans.flat(found).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+            if config.model.startswith("clip"):
+                from tljax import texts
+
+                texts.check_activation(self.card, config.model)
+                values |= texts.head(self) if config.head == "zeroshot" else {}
         new = [path for path in plans.paths(self.shapes) if path not in values]
         key, size = jax.random.key(config.seed), self.preprocessing.size
         values |= plans.flat(models.initialise(self.model, key, size, only=new))
@@ -151,13 +170,16 @@ def _model(config: ConfigDict, num_classes: int, axis_name: str | None = None):
     return models.create(config.model, num_classes, axis_name=axis_name, **types, **rates)
 
 
-def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) -> Experiment:
-    """Resolves a config. Raises UserError for whatever in it does not exist or does not fit."""
+def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | None = None) -> Experiment:
+    """Resolves a config for so many classes, or those of these names. Raises UserError for what does not fit."""
     check(config)
+    named, num_classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
     Augment.of(config.augment)
+    cache.check(config)
     card = weights.card(config.weights, config.model) if config.weights else None
     if config.checkpoint.delta and card is None:
         raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
+    _check_head(config, card)
     model = _model(config, num_classes, layout.axis_name if layout else None)
     if card is None:
         mean, std = DEFAULT_MEAN_STD
@@ -180,9 +202,26 @@ def build(config: ConfigDict, num_classes: int, layout: Layout | None = None) ->
         rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
     )
     timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
-    experiment = Experiment(config, model, card, preprocessing, shapes, timed)
+    experiment = Experiment(config, model, card, preprocessing, shapes, timed, named)
     _ = experiment.penalty  # its mistakes are told now
     return experiment
+
+
+def _check_head(config: ConfigDict, card: weights.Card | None) -> None:
+    defaults = base(config.model)
+    if not config.head:
+        for field in ("templates", "class_names", "tokenizer"):
+            if config[field] != defaults[field]:
+                raise UserError(f"config.{field} = {config[field]!r} is of use with config.head = 'zeroshot' only")
+        return
+    from tljax import texts
+
+    texts.require(config.model, "config.head = 'zeroshot'")
+    if card is None:
+        raise UserError("config.head = 'zeroshot' needs loaded weights, config.weights = ''")
+    if not any(matches(pattern, "head/kernel") for pattern in config.reset):
+        raise UserError(f"config.head = 'zeroshot' makes the head: config.reset = {config.reset} has to name it")
+    texts.templates(config.templates)
 
 
 def classes_without_data(config: ConfigDict) -> int:

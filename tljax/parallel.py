@@ -124,9 +124,11 @@ class Layout:
             return {k: v.reshape(len(self.local), -1, *v.shape[1:]) for k, v in batch.items()}
         return {k: jax.make_array_from_process_local_data(self.batch, v) for k, v in batch.items()}
 
-    def abstract_batch(self, batch_size: int, size: int) -> dict:
-        """Shapes of a placed batch of uint8 images and int32 labels."""
+    def abstract_batch(self, batch_size: int, size: int, features: jax.ShapeDtypeStruct | None = None) -> dict:
+        """Shapes of a placed batch of uint8 images, or of features as the one example's, and int32 labels."""
         shapes = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32)}
+        if features is not None:
+            shapes = {"features": ((batch_size, *features.shape), features.dtype), "label": shapes["label"]}
         if self.mode == "pmap":
             local, b = len(self.local), batch_size // len(self.devices)
             return {k: jax.ShapeDtypeStruct((local, b, *s[1:]), d) for k, (s, d) in shapes.items()}

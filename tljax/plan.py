@@ -178,6 +178,11 @@ class Plan:
         moving = {*self.live_stages, *(norm.split("/")[0] for norm in self.live_norms)}
         return tuple(itertools.takewhile(lambda stage: stage not in moving, self.stages))
 
+    @property
+    def cut(self) -> str | None:
+        """The stage that takes what the frozen prefix gives; None where the first stage moves already."""
+        return self.stages[len(self.prefix)] if self.prefix else None
+
     @functools.cached_property
     def frozen(self) -> dict[str, int]:
         """{path: number of values} of all that is frozen: `params/…`, and `batch_stats/…` that do not move."""

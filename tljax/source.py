@@ -16,7 +16,7 @@ from tljax.data.dataset import Split, read
 from tljax.data.pipeline import eval_batches
 from tljax.data.table import Table
 from tljax.errors import UserError, listing
-from tljax.experiment import Experiment
+from tljax.experiment import Experiment, build
 from tljax.report import metrics
 from tljax.weights.matcher import covers
 
@@ -54,12 +54,20 @@ def num_classes(exp: Experiment) -> int:
     """The number of classes of the loaded head. Raises UserError where nothing was loaded."""
     if exp.card is None:
         raise UserError("config.weights = '': no network is loaded, so there is no source task")
-    return weights.num_classes(exp.card, exp.config.model)
+    return len(exp.classes) if exp.config.head == "zeroshot" else weights.num_classes(exp.card, exp.config.model)
 
 
 def network(exp: Experiment) -> Network:
-    """Loads the weights of an experiment as they were published. Raises UserError where there are none."""
+    """Loads the weights of an experiment as they were published. Raises UserError where there are none.
+
+    With a zero-shot head they are a classifier already, of the experiment's own classes.
+    """
     count = num_classes(exp)
+    if exp.config.head == "zeroshot":
+        plain = exp.config.copy_and_resolve_references()
+        plain.update(strategy="frozen()", phases="", regulariser="")  # no adapters
+        begun = build(plain, exp.classes)
+        return Network(begun.model, *begun.load()[:2], count)
     model = exp.plain_model(count)
     shapes = models.shapes(model, size=exp.preprocessing.size)
     loaded = weights.load(exp.card, exp.config.model, shapes, (), exp.config.resize)
@@ -70,7 +78,7 @@ def under_loaded_head(exp: Experiment, net: Network, params: dict) -> tuple[Any,
     """(model, params) of a trained body as the source's classifier: a head that was reset is the loaded one again."""
     head = exp.model.stages[-1]
     paths = [path for path in exp.paths if path.split("/")[0] == head]
-    if not any(covers(exp.config.reset, path) for path in paths):
+    if not any(covers(exp.reset, path) for path in paths):
         return exp.model.clone(axis_name=None), params
     return exp.model.clone(axis_name=None, num_classes=net.classes), {**params, head: net.params[head]}
 

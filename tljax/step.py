@@ -50,7 +50,7 @@ def normalise(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
 def make_train_step(
     model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int, smoothing: float = 0.0,
     mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1, seed: int = 0,
-    axis_name: str | None = None, penalty=None,
+    axis_name: str | None = None, penalty=None, start: str | None = None, mix_at: str | None = None,
 ):  # fmt: skip
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and with global semantics.
 
@@ -59,12 +59,20 @@ def make_train_step(
     differentiated. A `penalty` (`regularisers.Penalty`) adds its gradient once a step, before the clip; its value
     is the metric `penalty`, and no part of `loss`. Randomness is a function of (seed, step). With `axis_name` the
     step is one device's part under `jax.pmap`, and gives what the global program under `jax.jit` gives.
+
+    With `start`, a stage behind the frozen prefix, the batch has "features" instead of "image": what that stage
+    takes. With `mix_at`, such a stage, mixup and CutMix mix what it takes, and not images.
     """
     from tljax.data.mix import mix, soft_targets
 
+    mixes = bool(mixup or cutmix)
+    begin = mix_at if mixes and mix_at else start  # where the differentiated part of the network begins
+
     def loss_fn(trainable, frozen, stats, images, targets, key):
         variables = {"params": plan.merge(trainable, frozen), "batch_stats": stats}
-        logits, moved = model.apply(variables, images, live=plan.live, rngs={"dropout": key}, mutable=["batch_stats"])
+        logits, moved = model.apply(
+            variables, images, live=plan.live, start=begin, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (moved.get("batch_stats", stats), logits)
 
@@ -98,9 +106,11 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mix_key, dropout_key = jax.random.split(key)
         labels = batch["label"]
-        images = normalise(batch["image"], mean, std)
+        images = normalise(batch["image"], mean, std) if start is None else batch["features"]
         targets = soft_targets(labels, num_classes, smoothing)
-        if mixup or cutmix:
+        if begin != start:
+            images = model.apply({"params": state.params, "batch_stats": state.stats}, images, start=start, stop=begin)
+        if mixes:
             images, targets = mix(mix_key, images, targets, mixup=mixup, cutmix=cutmix)
         stats, (grads, loss, accuracy) = gradients(state, images, targets, labels, dropout_key)
         if axis_name is not None:
@@ -128,11 +138,15 @@ def make_train_step(
     return train_step
 
 
-def make_predict_step(model, *, mean, std):
-    """Returns `predict_step(params, stats, images uint8 [batch, height, width, 3]) -> logits float32`."""
+def make_predict_step(model, *, mean, std, start: str | None = None, stop: str | None = None):
+    """Returns `predict_step(params, stats, images uint8 [batch, height, width, 3]) -> logits float32`.
+
+    With `start` it takes what that stage takes instead of images, with `stop` it gives what that one takes.
+    """
 
     def predict_step(params, stats, images):
         variables = {"params": params, "batch_stats": stats}
-        return model.apply(variables, normalise(images, mean, std))
+        x = normalise(images, mean, std) if start is None else images
+        return model.apply(variables, x, start=start, stop=stop)
 
     return predict_step

@@ -5,6 +5,7 @@ and the final figures (`tljax.ending`).
 """
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, command, data, delta, ending, experiment, fisher, optim, parallel, phases, source
+from tljax import STARTED, cache, command, data, delta, ending, experiment, fisher, optim, parallel, phases, source
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
@@ -23,6 +24,7 @@ from tljax.plan import Plan, combined
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, make_train_step
+from tljax.termination import Termination
 from tljax.workdir import Workdir
 
 
@@ -45,6 +47,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
         self.seconds = {"start": time.time() - STARTED}
+        self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
 
@@ -66,7 +69,7 @@ class Run:
         if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
             field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
-        self.exp = experiment.build(config, len(self.dataset.classes), self.layout)
+        self.exp = experiment.build(config, self.dataset.classes, self.layout)
         examples = len(self.dataset.train)
         penalty = self.exp.penalty
         if penalty and not (penalty.held or penalty.new):
@@ -98,7 +101,12 @@ class Run:
         self.evaluate = Evaluator(self.exp, self.layout)
         with Termination() as self.termination:
             for i in range(first, len(self.phases)):
-                state, stopped = self.fit(self.enter(i, state))
+                try:
+                    state, stopped = self.fit(self.enter(i, state))
+                except cache.Interrupted:
+                    by = self.termination.received
+                    self.console.print(f"stopped by {by.name} while features were computed; the same command goes on")
+                    return 128 + by
                 if stopped:
                     by = self.termination.received or signal.SIGTERM
                     at = f"by {by.name} at step {int(state.step)}"
@@ -132,6 +140,8 @@ class Run:
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+        if self.config.head:
+            self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
         self.notes = {
             "step": 0, "best": None, "since_best": 0, "pending": [],
@@ -184,9 +194,45 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
+        self.keep_features(state)
         with self.clock("compile"):
             self.compile(tx, self.layout.abstract(like))
         return state
+
+    def keep_features(self, state: State) -> None:
+        """Decides whether the phase runs on kept features, and computes those that it will use."""
+        examples = {name: len(getattr(self.dataset, name)) for name in ("train", "val", "test")}
+        where, said = cache.choose(self.exp, self.phase, examples)
+        self.console.print(f"feature cache: {said}")
+        self.cache = None if not where else cache.FeatureCache(
+            self.exp, self.layout, self.phase, state.params, state.stats, where,
+            say=self.console.print, stopped=lambda: self.termination.received,
+        )  # fmt: skip
+
+    def batches(self, start: int):
+        """The batches of the phase's steps from `start` on: of photographs, or of their kept features."""
+        config, p, train, stop = self.config, self.exp.preprocessing, self.dataset.train, self.phase.stop
+        common = {
+            "batch_size": config.batch_size, "seed": config.seed, "start_step": start, "stop_step": stop,
+            "process": (jax.process_index(), jax.process_count()),
+        }  # fmt: skip
+        if not self.cache:
+            return data.train_batches(
+                train, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
+                views=config.cache_views, threads=config.data.threads, **common,
+            )  # fmt: skip
+        begun = time.time()
+        with self.clock("features"):
+            for view in cache.needed(config, self.phase, len(train), start) if start < stop else ():
+                self.cache(train, view)
+            if len(self.dataset.val):
+                self.cache(self.dataset.val)
+        self.console.print(
+            f"feature cache: {text.size(self.cache.nbytes)} ready in {text.duration(time.time() - begun)}"
+        )
+        return data.feature_batches(
+            functools.partial(self.cache, train), train.labels, views=cache.views(config), **common
+        )
 
     def base_digest(self) -> str:
         """One digest over all that checkpoints leave out, as it was at the start."""
@@ -217,9 +263,11 @@ class Run:
             self.exp.model, self.plan, tx, mean=p.mean, std=p.std, num_classes=len(self.dataset.classes),
             smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
             ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=self.layout.axis_name,
-            penalty=self.exp.penalty,
+            penalty=self.exp.penalty, start=self.cache.cut if self.cache else None,
+            mix_at=self.plan.cut if config.augment.mix_at == "features" else None,
         )  # fmt: skip
-        batch = self.layout.abstract_batch(config.batch_size, p.size)
+        features = self.cache.like if self.cache else None
+        batch = self.layout.abstract_batch(config.batch_size, p.size, features)
         program = self.layout.program(step, like)
         leaks = lint(program, self.plan, like, batch)  # before compiling, which takes over what was traced
         # A leak is a mistake in the step or the model, not in what the user asked for, and costs time and memory alone
@@ -234,16 +282,12 @@ class Run:
 
     def fit(self, state: State) -> tuple[State, bool]:
         """Runs the steps that are left of the phase. Returns the state, and whether a signal ended it, after a save."""
-        config, p, start = self.config, self.exp.preprocessing, int(state.step)
+        config, start = self.config, int(state.step)
         every = {
             name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
             for name in ("log", "eval", "checkpoint")
         }
-        batches = data.train_batches(
-            self.dataset.train, batch_size=config.batch_size, seed=config.seed, start_step=start,
-            stop_step=self.phase.stop, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
-            threads=config.data.threads, process=(jax.process_index(), jax.process_count()),
-        )  # fmt: skip
+        batches = self.batches(start)
         pending = self.notes["pending"]  # metrics of the steps since the last row
         stopping = False
         with self.console.progress(self.total, start, every["log"]) as bar, contextlib.closing(batches):
@@ -327,37 +371,12 @@ class Run:
 
     def figures(self, params, stats, split: data.Split) -> dict:
         """The figures of a split."""
-        logits = self.evaluate(params, stats, split)
+        logits = self.evaluate(params, stats, split, self.cache)
         return metrics.classification(logits, split.labels, self.dataset.classes, self.dataset.coarse)
 
     def log(self, step: int, row: dict) -> None:
         """A row of metrics."""
         self.workdir.log({"step": step, "epoch": round(step / self.per_epoch, 4)} | row)
-
-
-class Termination(contextlib.AbstractContextManager):
-    """Within it SIGTERM and Ctrl-C only set `.received`: the loop ends its step, saves, and leaves.
-
-    (An exception raised by Ctrl-C could come while a library calls back into Python, and be lost.) A second Ctrl-C
-    interrupts at once.
-    """
-
-    received: signal.Signals | None = None
-
-    def __enter__(self):
-        # Several processes must agree on the step: there JAX's own notifier listens (Checkpoints.preempted).
-        listened = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        wanted = [s for s in listened if signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {s: signal.signal(s, self._receive) for s in wanted}
-        return self
-
-    def _receive(self, number, _):
-        self.received = signal.Signals(number)
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

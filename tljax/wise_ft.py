@@ -56,8 +56,8 @@ def measure(
         before = loaded_evaluator(net.params, net.stats, found.split)
         on_source = Evaluator(source.replaced(exp, source.under_loaded_head(exp, net, params)[0]), layout)
     for alpha in alphas:
-        mixed = layout.place(interpolate(net.params, params, alpha, exp.config.reset))
-        moved = layout.place(interpolate(net.stats, stats, alpha, exp.config.reset))
+        mixed = layout.place(interpolate(net.params, params, alpha, exp.reset))
+        moved = layout.place(interpolate(net.stats, stats, alpha, exp.reset))
         point: dict[str, Any] = {"alpha": alpha}
         for name, split in (("val", dataset.val), ("test", dataset.test)):
             if len(split):

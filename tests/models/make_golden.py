@@ -29,6 +29,7 @@ SIZES = {
     "convnext_mini": 70,
     "densenet_mini": 70,
     "swin_mini": 32,
+    "clip_vit_tiny": 32,
 }
 CLASSES = 10
 

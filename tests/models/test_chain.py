@@ -25,6 +25,7 @@ TINY = [
     "convnext_mini",
     "densenet_mini",
     "swin_mini",
+    "clip_vit_tiny",
 ]
 CLASSES = 5
 
@@ -57,7 +58,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     model, published, name = models.create(name, 7), name, name.removeprefix("keras_")
     shapes = models.shapes(model)
     assert tuple(shapes["params"]) == model.stages
-    first = {"vit": "embed", "swi": "embed", "vgg": "block1"}
+    first = {"vit": "embed", "swi": "embed", "cli": "embed", "vgg": "block1"}
     assert model.stages[0] == first.get(name[:3], "stem")
     assert model.stages[-1] == "head"
     assert [s for s in model.stages if s.startswith("block")] == [
@@ -65,7 +66,7 @@ def test_params_are_keyed_by_the_stages_in_order(name):
     ]
     stats = {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["batch_stats"])}
     assert stats <= {"/".join(k[:-1]) for k in traverse_util.flatten_dict(shapes["params"])}
-    families = ("vit", "swin", "convnext", "groupnorm", "resnetv2")
+    families = ("vit", "clip", "swin", "convnext", "groupnorm", "resnetv2")
     without = name.startswith(families) or (name.startswith("vgg") and "bn" not in name)
     assert bool(stats) != without
     assert shapes["params"]["head"]["kernel"].shape[1] == 7
@@ -167,7 +168,7 @@ def test_runs_in_part_compose(name):
 
     for stage, (before, after) in in_two(variables, x).items():
         np.testing.assert_allclose(after, whole, rtol=0, atol=1e-5)
-        within = 3 if name.startswith("vit") and stage != "embed" else 4  # tokens, or an image
+        within = 3 if name.startswith(("vit", "clip")) and stage != "embed" else 4  # tokens, or an image
         assert before.ndim == (2 if stage in ("head", "hidden2") else within)
     features, _ = train(model, variables, x, live=frozenset(), stop="head")
     head = variables["params"]["head"]

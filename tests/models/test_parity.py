@@ -24,6 +24,7 @@ SIZES = {
     "resnet50": 75,
     "vit_mini": 32,
     "vit_tiny_patch16": 224,
+    "clip_vit_tiny": 32,
     "convnext_mini": 70,
     "densenet_mini": 70,
     "swin_mini": 32,
@@ -46,6 +47,9 @@ LARGE = {
     "vit_medium_patch16_gap": 64,
     "vit_small_patch14_dinov2": 56,
     "vit_small_patch14_reg4_dinov2": 56,
+    "clip_vit_base_patch32": 96,
+    "clip_vit_base_patch16_laion": 48,
+    "clip_vit_large_patch14": 56,
     "convnext_tiny": 224,
     "convnext_small": 64,
     "convnext_base": 64,
@@ -120,6 +124,7 @@ def test_logits_of_real_weights_of_mobilenet(monkeypatch):
         ("efficientnet_b0", 1e-3),
         ("resnet18", 1e-2),
         ("vit_mini", 1e-4),
+        ("clip_vit_tiny", 1e-4),
         ("convnext_mini", 1e-4),
         ("densenet_mini", 1e-2),
         ("swin_mini", 1e-4),
@@ -177,7 +182,7 @@ def test_gradients_and_statistics(name, tolerance):
 
 def is_covered_here(name, naming):
     """What further names Vision Transformers and the like have is tested with the files, in test_vit_parity.py …"""
-    if name.startswith(("vit", "convnext", "densenet", "swin", "keras")):
+    if name.startswith(("vit", "clip", "convnext", "densenet", "swin", "keras")):
         return naming == next(iter(models.conversion(name))) and not naming.startswith("keras")
     return naming != "google" and not naming.startswith("keras") and not name.endswith("_tiny")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch_clip
 import torch_levels
 import torch_zoo
 from torch_zoo import EXTRA, import_torchvision
@@ -32,6 +33,8 @@ def model(name: str, classes: int, size: int, naming: str = "", **fields):
     naming = naming or next(iter(models.conversion(name)))
     if name.startswith("vit"):
         net = timm_vit(name, num_classes=classes, img_size=size, **fields)
+    elif name.startswith("clip"):
+        net = torch_clip.classifier(name, classes, image_size=size, **fields)
     elif name.startswith(("convnext", "densenet", "swin")):
         net = torch_levels.model(name, classes, size, **fields)
     elif naming == "efficientnet_pytorch":
@@ -72,6 +75,8 @@ def table(name: str, naming: str = ""):
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random weights for the tensor called `key`, the same everywhere: they follow from its name."""
     values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+    if not shape:
+        return np.full((), values)
     # Weak branches and gates: strong ones make a deep random network chaotic, and rounding grows by 1e5.
     gain = np.float32(0.2 if _BRANCH_OR_GATE.search(key) else 1)
     if len(shape) == 3:  # tokens and positions

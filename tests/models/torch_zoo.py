@@ -27,7 +27,8 @@ _deform_conv2d_backward(Tensor x) -> Tensor
 """
 # Of these a smaller sibling is tested in the fast suite.
 _LARGE = re.compile(
-    r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101|^keras_(?!.*tiny)"
+    r"^tf_efficientnet_|efficientnet.*v2_[ml]$|vgg1[39]|resnetv2_(?!50x1)|(resnext|wide_resnet)101|^clip_vit_[lh]|_laion$"
+    r"|^keras_(?!.*tiny)"
 )
 _declared = []  # the declarations last as long as the library object
 

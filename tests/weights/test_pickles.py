@@ -63,7 +63,12 @@ def programs(marker):
         "inst": (b"(" + argument + b"ios\nsystem\n.", "os.system"),
         "obj": (b"(cos\nsystem\n" + argument + b"o.", "os.system"),
         "obj admitted": (b"(" + ordered + b"o.", "instruction OBJ"),
-        "newobj": (b"\x80\x02" + ordered + b")\x81.", "instruction NEWOBJ"),
+        "newobj": (b"\x80\x02" + ordered + b")\x81.", "a new object of `collections.OrderedDict`"),
+        "scripted, with arguments": (b"c__torch__\nNet\nK\x01\x85\x81.", "a new object of `__torch__.Net`"),
+        "newobj of data": (b"S'os'\n)\x81.", "a new object of a str"),
+        "call of a scripted class": (b"c__torch__\nNet\n)R.", "call of `__torch__.Net`"),
+        "state of a scripted class": (b"c__torch__\nNet\n}b.", "state of `__torch__.Net`"),
+        "state of a module that is no dict": (b"c__torch__\nNet\n)\x81K\x01b.", "state of a Module"),
         "newobj_ex": (b"\x80\x04" + ordered + b")}\x92.", "instruction NEWOBJ_EX"),
         "stack global": (
             b"\x80\x04" + text("os") + text("system") + b"\x93" + text(command) + b"\x85R.",
@@ -184,6 +189,33 @@ def test_a_remembered_list_of_pairs_is_not_multiplied():
     program = pairs + b"(" + b"ccollections\nOrderedDict\nh\x00\x85R" * 200 + b"t."
     result = pickles.run(io.BytesIO(program))
     assert [len(item) for item in result] == [250] + [0] * 199
+
+
+MODULE = b"c__torch__\nNet\n)\x81"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # Thirty levels, each with the one below it under two names, would be 2^30 names.
+        MODULE + b"".join(b"q%c0" % i + MODULE + b"}(S'a'\nh%cS'b'\nh%cub" % (i, i) for i in range(30)) + b".",
+        MODULE + b"q\x00}S'self'\nh\x00sb.",  # in itself
+        b"}q\x00(S'a'\n" + MODULE + b"h\x00bS'b'\n" + MODULE + b"h\x00bu0" + MODULE + b"h\x00b.",  # one state for all
+    ],
+)
+def test_scripted_modules_under_several_names_are_refused(tmp_path, program):
+    path = tmp_path / "w.pt"
+    path.write_bytes(writer.zip_bytes(None, program=program))
+    with pytest.raises(UserError, match="refused one module under several names"):
+        pth.read(path)
+
+
+def test_scripted_modules_of_long_names_are_refused(tmp_path):
+    deep = b"".join(b"q%c0" % i + MODULE + b"}S'%s'\nh%csb" % (b"n" * 200, i) for i in range(5))
+    path = tmp_path / "w.pt"
+    path.write_bytes(writer.zip_bytes(None, program=MODULE + deep + b"."))
+    with pytest.raises(UserError, match="very long ones"):
+        pth.read(path)
 
 
 def test_one_dict_under_many_names_is_converted_once(tmp_path, monkeypatch):

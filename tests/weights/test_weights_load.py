@@ -271,6 +271,10 @@ def test_cards_are_consistent():
             # Red, green and blue on 0..255 minus what Caffe subtracts.
             expected = np.array(200) - (123.68, 116.779, 103.939)
             assert np.allclose((np.array(200) / 255 - card.mean) / card.std, expected)
+        elif card.model.startswith("clip"):
+            assert card.source.startswith("hf:")  # whose revision is no part of the card
+            assert not card.sha256
+            continue
         else:
             assert (card.mean, card.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         # The file name holds the first digits of the digest, as PyTorch's hub has it.

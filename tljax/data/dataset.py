@@ -114,7 +114,7 @@ def load(config: Mapping) -> Dataset:
     table = _read(fields)
     report = list(table.notes)
 
-    labels, classes = _class_numbers(table)
+    labels, classes = class_numbers(table)
     keep = labels >= 0
     if not keep.all():
         report.append(f"photographs without a label left out: {int((~keep).sum())}")
@@ -193,7 +193,7 @@ def _read(fields: Fields) -> Table:
     return module.read(fields, where)
 
 
-def _class_numbers(table: Table) -> tuple[np.ndarray, tuple[str, ...]]:
+def class_numbers(table: Table) -> tuple[np.ndarray, tuple[str, ...]]:
     """The class number of each row (−1: unlabelled); the classes: declared ones in order, others sorted."""
     values = table.labels
     if table.class_names:

@@ -19,25 +19,28 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes example i with i ^ 1. images: float [batch, h, w, c]; targets: [batch, classes], rows sum to 1.
 
+    Mixup takes features of any rank as well (manifold mixup, Verma et al. 2019), CutMix needs maps.
+
     mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) with the alpha of their Beta(alpha, alpha), 0 =
     off; with both a coin decides for each batch. One lambda, and one box, a batch, as in both papers.
     Partners are neighbours so that no image crosses a device, and nothing depends on how the batch is
-    divided: give every device the same key. Raises UserError for an odd batch.
+    divided: give every device the same key. Raises UserError for an odd batch, and for CutMix of what is no map.
     """
     if not mixup and not cutmix:
         return images, targets
     if images.shape[0] % 2:
         raise UserError(f"mixup and CutMix pair neighbours: a batch of {images.shape[0]} a device is odd")
     coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
-    _, height, width, _ = images.shape
-    keep = jnp.ones((height, width))  # the weight of the image itself, pixel by pixel
+    keep = jnp.ones(())  # the weight of the example itself: one number or, with CutMix, pixel by pixel
+    if cutmix and images.ndim != 4:
+        raise UserError(f"CutMix cuts boxes out of maps [batch, h, w, c], and features here are {list(images.shape)}")
     if mixup:
         keep *= jax.random.beta(mixup_key, mixup, mixup)
     if cutmix:
-        outside = 1.0 - _box(cutmix_key, height, width, cutmix)
+        outside = 1.0 - _box(cutmix_key, *images.shape[1:3], cutmix)
         keep = jnp.where(jax.random.bernoulli(coin_key), outside, keep) if mixup else outside
     part = keep.mean()
-    keep = keep[None, :, :, None].astype(images.dtype)
+    keep = (keep[None, :, :, None] if cutmix else keep).astype(images.dtype)
     mixed = images * keep + _partner(images) * (1 - keep)
     return mixed, targets * part + _partner(targets) * (1 - part)
 

@@ -6,7 +6,7 @@ processes, so a run resumes exactly at any step, and nothing of the pipeline's s
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -17,7 +17,7 @@ from tljax.data.dataset import Split
 from tljax.data.images import BadImage, opencv
 from tljax.errors import UserError
 
-ORDER, PIXELS = 0, 1  # independent streams of random numbers under one seed
+ORDER, PIXELS, VIEW = 0, 1, 2  # independent streams of random numbers under one seed
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Augment:
     flip: bool = True
     color_jitter: float = 0.0
     randaugment: tuple = ()
+
+    @property
+    def random(self) -> bool:
+        """Whether two looks at a photograph differ."""
+        return self.crop_min_scale < 1 or self.flip or self.color_jitter > 0 or bool(self.randaugment)
 
     @classmethod
     def of(cls, config: "Mapping | Augment | None") -> "Augment":
@@ -71,20 +76,38 @@ def train_batches(
     augment: Mapping | Augment | None = None,
     interpolation: str = "bicubic",
     crop: float = 0.875,
+    views: int = 0,
     threads: int = 2,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches start_step … stop_step − 1: {"image": uint8 [b, size, size, 3], "label": int32 [b]}.
 
     b = batch_size // number of processes; `process` = (index, count), each gets its own consecutive part of
-    the global batch. Every photograph comes once an epoch, batches run across the ends of epochs. `crop` is
-    used only where augment.crop_min_scale is 1. Raises UserError, also (with the file's name) while
-    iterating.
+    the global batch. Every photograph comes once an epoch, batches run across the ends of epochs. With `views`
+    there are so many augmented views of each photograph (`view_batches`), and epoch e shows view e mod views;
+    with 0 each epoch draws anew. `crop` is used only where augment.crop_min_scale is 1. Raises UserError, also
+    (with the file's name) while iterating.
     """
     augment = Augment.of(augment)
     transforms.check_interpolation(interpolation)
     index, local = _share(batch_size, process)
-    n = len(split)
+    place = order(len(split), seed)
+
+    def example(i: int) -> dict:
+        step, within = divmod(i, local)
+        j = step * batch_size + index * local + within
+        epoch, at = place(j)
+        rng = _view(epoch % views, at) if views else np.random.default_rng((seed, PIXELS, j))
+        return _example(split, at, lambda image: _augmented(rng, image, size, augment, interpolation, crop))
+
+    return _batches(example, start_step * local, stop_step * local, local, threads)
+
+
+def order(n: int, seed: int) -> Callable[[int], tuple[int, int]]:
+    """Returns the function from an example's number in the stream to (epoch, place in the split of n).
+
+    Raises UserError where n is 0.
+    """
     if not n:
         raise UserError("the train split is empty")
 
@@ -92,14 +115,41 @@ def train_batches(
     def permutation(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
 
-    def example(place: int) -> dict:
-        step, within = divmod(place, local)
-        j = step * batch_size + index * local + within
-        at = int(permutation(j // n)[j % n])
-        rng = np.random.default_rng((seed, PIXELS, j))
-        return _example(split, at, lambda image: _augmented(rng, image, size, augment, interpolation, crop))
+    return lambda j: (j // n, int(permutation(j // n)[j % n]))
 
-    return _batches(example, start_step * local, stop_step * local, local, threads)
+
+def feature_batches(
+    features: Callable[[int], np.ndarray],
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    stop_step: int,
+    views: int,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `train_batches` with so many views gives, each photograph replaced by its features.
+
+    `features(view)` are those of the whole split, [photographs, …]; batches are {"features": [b, …],
+    "label": int32 [b]}.
+    """
+    index, local = _share(batch_size, process)
+    place = order(len(labels), seed)
+    for step in range(start_step, stop_step):
+        first = step * batch_size + index * local
+        places = [place(j) for j in range(first, first + local)]
+        found = np.stack([features(epoch % views)[at] for epoch, at in places])
+        yield {"features": found, "label": labels[[at for _, at in places]]}
+
+
+def slices(features: np.ndarray, batch_size: int, process: tuple[int, int] = (0, 1)) -> Iterator[dict[str, np.ndarray]]:
+    """Features in order, as `eval_batches` gives images: {"features": [b, …]}, the last batch filled up with 0."""
+    index, local = _share(batch_size, process)
+    for first in range(index * local, index * local + len(features), batch_size):
+        part = features[first : first + local]
+        fill = np.zeros((local - len(part), *features.shape[1:]), features.dtype)
+        yield {"features": np.concatenate([part, fill]) if len(fill) else np.asarray(part)}
 
 
 def eval_batches(
@@ -121,6 +171,39 @@ def eval_batches(
     transforms.check_interpolation(interpolation)
     if not 0 < crop <= 1:
         raise UserError(f"crop is {crop}, expected a fraction of the shorter side, 0 to 1")
+    transform = lambda at, image: transforms.resize_and_centre_crop(image, size, crop, interpolation)
+    return _once(split, transform, batch_size, size, threads, process)
+
+
+def view_batches(
+    split: Split,
+    view: int,
+    *,
+    batch_size: int,
+    size: int,
+    augment: Mapping | Augment | None = None,
+    crop: float = 0.875,
+    interpolation: str = "bicubic",
+    threads: int = 2,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """One augmented view of the whole split, in order, as `eval_batches` gives the evaluation crop.
+
+    A view is a function of its number and of the photograph's place, and not of the run's seed: runs can share it.
+    """
+    augment = Augment.of(augment)
+    transforms.check_interpolation(interpolation)
+    transform = lambda at, image: _augmented(_view(view, at), image, size, augment, interpolation, crop)
+    return _once(split, transform, batch_size, size, threads, process)
+
+
+def _view(view: int, at: int) -> np.random.Generator:
+    """The randomness of an augmented view of the photograph at a place."""
+    return np.random.default_rng((0, VIEW, view, at))
+
+
+def _once(split: Split, transform, batch_size: int, size: int, threads: int, process: tuple[int, int]):
+    """Batches of the whole split once, in order; `transform(place, image)` makes the pixels."""
     index, local = _share(batch_size, process)
     blank = np.zeros((size, size, 3), np.uint8)
 
@@ -129,7 +212,7 @@ def eval_batches(
         at = step * batch_size + index * local + within
         if at >= len(split):
             return {"image": blank, "label": np.int32(0), "mask": np.float32(0), "index": np.int32(-1)}
-        found = _example(split, at, lambda image: transforms.resize_and_centre_crop(image, size, crop, interpolation))
+        found = _example(split, at, functools.partial(transform, at))
         return {**found, "mask": np.float32(1), "index": np.int32(at)}
 
     steps = -(-len(split) // batch_size)

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from tljax import errors
 from tljax.models import (
+    clip,
     convnext,
     densenet,
     efficientnet,
@@ -24,7 +25,7 @@ from tljax.models.chain import Chain
 
 __all__ = ["Chain", "conversion", "create", "initialise", "input_size", "names", "positions", "shapes"]
 
-_FAMILIES = (convnext, densenet, efficientnet, inception, mobilenet, resnet, resnetv2, swin, vgg, vit)
+_FAMILIES = (clip, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnetv2, swin, vgg, vit)
 _COLLECTIONS = ("params", "batch_stats")
 
 

@@ -1,6 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2021), as DeiT, MAE and DINOv2 have it too: pre-norm, learned positions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ class Variant:
     fc_norm: bool = False  # the last norm follows the pooling
     qkv_bias: bool = True
     layer_scale: float = 0.0  # initial value (Touvron et al. 2021, "Going deeper …"); 0: none
+    embed_norm: bool = False  # a norm behind the positions, in place of the patches' bias, as CLIP has it
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    causal: bool = False  # a token attends to itself and those before it only: text
 
     @property
     def prefix(self) -> int:
@@ -37,6 +41,11 @@ class Variant:
         assert self.class_token or self.mean_pool, "a head needs a class token or the mean"
         assert self.mean_pool or not self.fc_norm, "only a mean is normalised after pooling"
 
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel (2016)
+}
 
 _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 _PATCHES = {16: _SIZES, 32: ("small", "base", "large"), 14: ("large",)}
@@ -77,7 +86,8 @@ class Embed(nn.Module):
                 nearest = f"{below} or {below + v.patch}" if pixels > v.patch else f"{v.patch}"
                 raise UserError(f"{pixels} pixels are no whole number of patches of {v.patch}: nearest is {nearest}")
         x = layers.Conv(
-            c, v.width, v.patch, v.patch, padding=0, use_bias=True, kernel_init=layers.linear_init, name="patch"
+            c, v.width, v.patch, v.patch, padding=0, use_bias=not v.embed_norm, kernel_init=layers.linear_init,
+            name="patch",
         )(x)  # fmt: skip
         x = x.reshape(x.shape[0], -1, v.width)
         small = nn.initializers.normal(0.02)
@@ -92,7 +102,8 @@ class Embed(nn.Module):
             x = x + position
         first = [jnp.broadcast_to(token.astype(c.dtype), (x.shape[0], *token.shape)) for token in first]
         x = jnp.concatenate([*first, x], axis=1)
-        return x + position if v.all_positions else x
+        x = x + position if v.all_positions else x
+        return layers.norm(c, "norm")(x, live) if v.embed_norm else x
 
 
 class Attention(nn.Module):
@@ -101,10 +112,14 @@ class Attention(nn.Module):
     common: layers.Common
     heads: int
     qkv_bias: bool
+    causal: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., tokens, width] -> the same."""
-        return self.attend(x)
+        if not self.causal:
+            return self.attend(x)
+        earlier = jnp.tril(jnp.ones((x.shape[-2],) * 2, bool))
+        return self.attend(x, jnp.where(earlier, 0, -jnp.inf))
 
     @nn.compact
     def attend(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -127,13 +142,14 @@ class MLP(nn.Module):
     """Two dense layers with a GELU between them."""
 
     common: layers.Common
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., width] -> [..., width]."""
         width = x.shape[-1]
         x = layers.Dense(self.common, 4 * width, name="fc1")(x)
-        return layers.Dense(self.common, width, name="fc2")(jax.nn.gelu(x, approximate=False))
+        return layers.Dense(self.common, width, name="fc2")(ACTIVATIONS[self.activation](x))
 
 
 class LayerScale(nn.Module):
@@ -162,7 +178,8 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, live: frozenset[str]) -> jax.Array:
         """x: [batch, tokens, width] -> [batch, tokens, width]."""
         c, v = self.common, self.variant
-        for i, layer in enumerate((Attention(c, v.heads, v.qkv_bias, name="attn"), MLP(c, name="mlp")), 1):
+        attention = Attention(c, v.heads, v.qkv_bias, v.causal, name="attn")
+        for i, layer in enumerate((attention, MLP(c, v.activation, name="mlp")), 1):
             branch = layer(layers.norm(c, f"norm{i}")(x, live))
             if v.layer_scale:
                 branch = LayerScale(c, v.layer_scale, name=f"layer_scale{i}")(branch)

@@ -23,6 +23,14 @@ def confusion_matrix(labels: np.ndarray, guesses: np.ndarray, count: int) -> np.
     return cells.reshape(count, count)
 
 
+def interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval, of 95 % by default, of a share of which `hits` of `total` were seen (Wilson 1927)."""
+    share, spread = hits / total, z**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def macro_f1(confusion: np.ndarray) -> float:
     """Unweighted mean of the classes' F1, over the classes that occur among labels or guesses.
 

@@ -6,6 +6,11 @@ def thousands(value) -> str:
     return "-" if value is None else f"{int(value):,}"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 view`, `4 views`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size(count) -> str:
     """Bytes in binary units with three significant digits: `0 B`, `27.1 MiB`; `-` for None."""
     if count is None:

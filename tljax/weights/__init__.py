@@ -8,12 +8,12 @@ from pathlib import Path
 
 from tljax import errors, files
 from tljax.errors import UserError
-from tljax.weights import hdf5, lazy, matcher, parts, readers
+from tljax.weights import hdf5, lazy, lookalike, matcher, parts, readers
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, named
 from tljax.weights.matcher import Report
 from tljax.weights.readers import SUFFIXES, read
 
-__all__ = ["CARDS", "Card", "Loaded", "Report", "card", "load", "read"]
+__all__ = ["CARDS", "Card", "Loaded", "Report", "beside", "card", "fitting", "load", "read"]
 
 # Above this share of names and leaves that do not pair up, the file is suspected to be of another model.
 _OTHER_MODEL = 0.05
@@ -72,6 +72,28 @@ def _file(source: str, name: str) -> Path:
     return held
 
 
+def fitting(found: Card, names: Iterable[str]) -> list[str]:
+    """Those models of `names` whose leaves, but for the head's, the file fills exactly. Raises UserError."""
+    source = lazy.shapes(read(_file(found.source, found.name)))
+    return list(dict.fromkeys(name for name, _ in lookalike.fitting(source, names)))
+
+
+def beside(source: str, name: str) -> Path | None:
+    """The file called `name` that lies with weights, in their folder or repository; None where there is none."""
+    if source.startswith("hf:"):
+        from tljax.weights import hub
+
+        return hub.beside(source, name)
+    try:
+        if "://" in source and not source.startswith("file:"):
+            return files.locate(f"{source.rpartition('/')[0]}/{name}", name)
+        path = files.locate(source, name)
+    except UserError:
+        return None
+    path = (path if path.is_dir() else path.parent) / name
+    return path if path.is_file() else None
+
+
 def _fetch_shards(source: str, path: Path, name: str) -> None:
     """Copies what the local copy of a far index names to the place beside it."""
     if "://" in source and not source.startswith("file:") and readers.is_index(path):
@@ -93,11 +115,13 @@ def load(
     shapes: Mapping[str, Mapping],
     reset: Sequence[str] = (),
     resize: Sequence[str] = (),
+    tables: Mapping[str, tuple] | None = None,
 ) -> Loaded:
     """Fills `shapes` ({"params": …, "batch_stats": …}, nested, of ShapeDtypeStruct) with pre-trained arrays.
 
     reset: stages or path prefixes whose leaves take nothing from the file and come back as in `shapes`; resize:
-    position embeddings that are interpolated where the file's are of another number.
+    position embeddings that are interpolated where the file's are of another number; tables: those of another part of
+    the file than the model, as CLIP's text tower.
     The arrays have the leaves' shapes and types. Strict: raises UserError, one line, for weights of another
     model, for missing, unexpected or misshaped leaves, another SHA-256 than the card's, a damaged file.
     """
@@ -110,15 +134,13 @@ def load(
     if found.sha256:
         files.check(found.sha256, *readers.files(path))
     arrays = read(path)
-    naming, table = _table(found, model_name, list(arrays))
+    naming, table = _table(found, list(arrays), lookalike.tables(model_name) if tables is None else tables)
     names = lazy.shapes(arrays)
     resizable = _resizable(model_name)
     resize = {leaf: way for leaf, way in resizable.items() if matcher.covers(_patterns(resize), matcher.path_of(leaf))}
     result = matcher.fit(names, table, leaves, reset, resize)
     if result.problems:
-        if result.problems > _OTHER_MODEL * len(names):
-            from tljax.weights import lookalike
-
+        if tables is None and result.problems > _OTHER_MODEL * len(names):
             other = lookalike.find(names, model_name)
             if other:
                 raise UserError(
@@ -140,7 +162,7 @@ def num_classes(spec: str | Card, model_name: str) -> int:
     found = spec if isinstance(spec, Card) else card(spec, model_name)
     path = _file(found.source, found.name)
     arrays = read(path)
-    _, table = _table(found, model_name, list(arrays))
+    _, table = _table(found, list(arrays), lookalike.tables(model_name))
     two, three = (matcher.flatten(models.shapes(models.create(model_name, n))) for n in (2, 3))
     names = lazy.shapes(arrays)
     pairs = matcher.fit(names, table, {k: () for k in three}).pairs
@@ -181,12 +203,9 @@ def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _table(found: Card, model_name: str, names: list[str]) -> tuple[str, tuple]:
-    from tljax.weights import lookalike
-
-    tables = lookalike.tables(model_name)
+def _table(found: Card, names: list[str], tables: Mapping[str, tuple]) -> tuple[str, tuple]:
     if found.naming:
         if found.naming not in tables:
             raise errors.unknown("naming", found.naming, tables)
         return found.naming, tables[found.naming]
-    return lookalike.best_table(names, model_name)
+    return lookalike.best_of(names, tables)

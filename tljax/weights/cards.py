@@ -98,6 +98,40 @@ _KERAS_RESNET50 = Card(
     top1=74.9,
 )
 
+
+def _clip(model: str, repository: str, top1: float, tag: str = "", origin: str = "", file: str = "", **fields) -> Card:
+    """Top-1 is of the zero-shot classifier, with its authors' prompts."""
+    pairs = "LAION-2B, English" if tag else "400 million of the web"
+    return Card(
+        name=f"{model}.{tag}" if tag else model,
+        model=model,
+        source=f"hf:{repository}{file}",
+        sha256="",
+        licence="MIT",
+        origin=origin or f"{repository}: OpenAI's CLIP (Radford et al. 2021), whose repository has the licence",
+        trained_on=f"pairs of image and text ({pairs}), zero-shot",
+        top1=top1,
+        **{
+            "naming": "transformers",
+            "input_size": 224,
+            "mean": (0.48145466, 0.4578275, 0.40821073),
+            "std": (0.26862954, 0.26130258, 0.27577711),
+            "interpolation": "bicubic",
+            "crop": 1.0,
+        }
+        | fields,
+    )
+
+
+def _laion(size: str, patch: int, tag: str, top1: float, **fields) -> Card:
+    repository = f"laion/CLIP-ViT-{size[0].upper()}-{patch}-{tag}"
+    origin = f"{repository}: trained with open_clip (Cherti et al. 2023)"
+    fields |= {"tag": tag.lower().replace("-", "_"), "origin": origin}
+    return _clip(f"clip_vit_{size}_patch{patch}_laion", repository, top1, **fields)
+
+
+_CLIP = "clip_vit_base_patch32"
+
 # Top-1 as in models/official/efficientnet/lite/README.md of tensorflow/tpu, float32.
 CARDS: dict[str, Card] = {
     card.name: card
@@ -125,6 +159,14 @@ CARDS: dict[str, Card] = {
         ),
         _MOBILENET_V2,
         _KERAS_RESNET50,
+        _clip(_CLIP, "openai/clip-vit-base-patch32", 63.2),
+        _clip("clip_vit_base_patch16", "openai/clip-vit-base-patch16", 68.6),
+        _clip("clip_vit_large_patch14", "openai/clip-vit-large-patch14", 75.3),
+        _clip("clip_vit_large_patch14_336", "openai/clip-vit-large-patch14-336", 76.2, input_size=336),
+        _laion("base", 32, "laion2B-s34B-b79K", 66.6),
+        _laion("base", 16, "laion2B-s34B-b88K", 70.2, naming="openai", file="/open_clip_pytorch_model.bin"),
+        _laion("large", 14, "laion2B-s32B-b82K", 75.3, mean=(0.5,) * 3, std=(0.5,) * 3),
+        _laion("huge", 14, "laion2B-s32B-b79K", 78.0),
     )
 }
 
@@ -143,7 +185,7 @@ def named(spec: str) -> Card | None:
 
 def assumed(source: str, model: str, sha256: str, input_size: int) -> Card:
     """The card of a file unknown to the catalogue: its model's usual preprocessing, marked as assumed."""
-    usual = named(model)
+    usual = named(model) or (named(_CLIP) if model.startswith("clip_") else None)
     seen = next((seen for start, seen in _USUAL.items() if model.startswith(start)), {})
     of_model = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | seen
     return Card(

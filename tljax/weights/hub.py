@@ -62,6 +62,20 @@ def locate(spec: str, what: str) -> Path:
     return path
 
 
+def beside(spec: str, name: str) -> Path | None:
+    """The local file `name` that lies in the repository with what `spec` names; None where there is none to be had."""
+    found = _SPEC.fullmatch(spec)
+    if not found:
+        return None
+    inside = (found["inside"] or "").rstrip("/")
+    folder = inside.rpartition("/")[0] if inside.endswith(SUFFIXES) else inside
+    place = _Place(found["repo"], found["revision"] or "main", name)
+    try:
+        return _get(place, f"{folder}/{name}" if folder else name, [])
+    except (_Absent, UserError):
+        return None
+
+
 def _first(place: _Place, names: list[str]) -> tuple[Path, str]:
     for name in names:
         path = _cached(place, name)

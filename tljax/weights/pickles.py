@@ -28,6 +28,7 @@ CALLABLE = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_parameter",
 }
+SCRIPTED = "__torch__."  # before the name of a TorchScript module's class
 ADMITTED = CALLABLE | {f"torch.{name}" for name in STORAGES}
 
 # What a damaged program raises while it is decoded or run; AssertionError comes from pickletools.
@@ -61,6 +62,13 @@ class Tensor(NamedTuple):
     offset: int
     shape: tuple
     stride: tuple
+
+
+class Module:
+    """What TorchScript has saved of a module, its attributes by name; the class that it names is not looked for."""
+
+    def __init__(self):
+        self.attributes: dict = {}
 
 
 _MARK = object()
@@ -100,7 +108,7 @@ def run(stream: BinaryIO) -> Any:
 def _global(spaced: str) -> Global:
     # pickletools hands over "module name"; the module itself never holds a space.
     name = spaced.replace(" ", ".", 1).replace("__builtin__.", "builtins.")
-    if name not in ADMITTED:
+    if name not in ADMITTED and not name.startswith(SCRIPTED):
         raise Refused(f"`{name[:100]!s}`")
     return Global(name)
 
@@ -177,10 +185,19 @@ def _set_items(stack: list, memo: dict, argument: Any) -> None:
     _fill(stack[-1], flat)
 
 
+def _new(stack: list, memo: dict, argument: Any) -> None:
+    arguments, kind = stack.pop(), stack.pop()
+    if not isinstance(kind, Global) or not kind.name.startswith(SCRIPTED) or arguments != ():
+        raise Refused(f"a new object of {_describe(kind)}")
+    stack.append(Module())
+
+
 def _build(stack: list, memo: dict, argument: Any) -> None:
     # The only state that a state dict carries is OrderedDict's `_metadata`; it is dropped, not set.
-    stack.pop()
-    if type(stack[-1]) is not dict:
+    state = stack.pop()
+    if type(stack[-1]) is Module and type(state) is dict:
+        stack[-1].attributes = state
+    elif type(stack[-1]) is not dict:
         raise Refused(f"setting the state of {_describe(stack[-1])}")
 
 
@@ -282,5 +299,6 @@ _STEPS: dict[str, Callable] = {
     "STACK_GLOBAL": _push(lambda stack, memo, argument: _stack_global(stack)),
     "BINPERSID": _push(_persistent),
     "REDUCE": _reduce,
+    "NEWOBJ": _new,
     "BUILD": _build,
 }

@@ -16,7 +16,7 @@ import numpy as np
 
 from tljax.errors import UserError, listing
 from tljax.weights import archive, pickles
-from tljax.weights.pickles import Storage, Tensor
+from tljax.weights.pickles import Module, Storage, Tensor
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -30,7 +30,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The state dict in `path`: name → read-only memory-mapped array, in its stored type (bfloat16 included).
 
     Nothing in the file is executed. Raises UserError (one line with the file's name) for a file that is
-    damaged, is no weights file, or asks for more than tensors. Format: torch.save of PyTorch 0.4 to 2.x.
+    damaged, is no weights file, or asks for more than tensors. Formats: torch.save of PyTorch 0.4 to 2.x,
+    TorchScript, of which the code is left alone.
     """
     path = os.fspath(path)
     try:
@@ -81,7 +82,24 @@ def _zip_format(path: str, mapped: mmap.mmap) -> Any:
             places[storage.key] = (span.start, span.stop - span.start)
         return places[storage.key]
 
-    return _arrays(content, mapped, place, order)
+    return _arrays(_tensors_of(content) if type(content) is Module else content, mapped, place, order)
+
+
+def _tensors_of(module: Module) -> dict[str, Tensor]:
+    """The tensors of a TorchScript module and those inside it, by the names of a state dict."""
+    found, waiting, seen = {}, [("", module.attributes)], set()
+    while waiting:
+        prefix, attributes = waiting.pop()
+        # A short program could otherwise give one module any number of names, of any length.
+        if id(attributes) in seen or len(prefix) > 500:
+            raise pickles.Refused("one module under several names, or very long ones,")
+        seen.add(id(attributes))
+        for name, value in attributes.items():
+            if type(value) is Tensor:
+                found[f"{prefix}{name}"] = value
+            elif type(value) is Module:
+                waiting.append((f"{prefix}{name}.", value.attributes))
+    return found
 
 
 def _member(mapped: mmap.mmap, info: zipfile.ZipInfo) -> slice:
