@@ -62,7 +62,8 @@ def _tiny(name: str, fields: dict):
 def randomise(net, images: np.ndarray, seed: int = 0):
     """Random weights, norms and layer scales; statistics near those of the images; what prepares these is ImageNet's.
 
-    With statistics of nothing values grow or vanish from block to block, until gates are open or shut.
+    With statistics of nothing values grow or vanish from block to block, until gates are open or shut and rounding
+    decides; so it does where a channel hardly varies and its norm magnifies that.
     """
     rng = np.random.default_rng(seed)
     for layer in net.layers:
@@ -90,7 +91,7 @@ def randomise(net, images: np.ndarray, seed: int = 0):
     for layer in norms:
         mean, var = np.asarray(layer.moving_mean), np.asarray(layer.moving_variance)
         layer.moving_mean.assign(mean + 0.1 * rng.normal(0, 1, mean.shape) * np.sqrt(var))
-        layer.moving_variance.assign(var * rng.uniform(0.7, 1.4, var.shape))
+        layer.moving_variance.assign(np.maximum(var, 0.1) * rng.uniform(0.7, 1.4, var.shape))
 
 
 def photographs(size: int) -> np.ndarray:
