@@ -153,8 +153,9 @@ def main(argv: list[str]) -> int:
     layout = parallel.Layout.for_evaluation(BATCH)
     exp = experiment.build(config, classes, layout)
     console = Console()
-    for line in (*said, f"weights {exp.card.name}: {model}, {len(prompts)} prompts a class", note, exp.card.note):
-        console.print(line) if line else None
+    about = f"weights {exp.card.name}: {model}, {len(prompts)} prompts a class"
+    for line in filter(None, (*said, about, note, exp.card.note)):
+        console.print(line)
     params, stats, _ = exp.load()
     logits = Evaluator(exp, layout)(*layout.place((params, stats)), split)
     found = measure(logits, split.labels, classes)
@@ -162,8 +163,8 @@ def main(argv: list[str]) -> int:
         console.print(line)
     if flags.workdir:
         Path(flags.workdir).mkdir(parents=True, exist_ok=True)
-        about = {"model": model, "weights": exp.card.name, "data": flags.data, "templates": list(prompts)}
-        Workdir(flags.workdir).write("zeroshot.json", json.dumps(about | found, indent=2) + "\n")
+        of = {"model": model, "weights": exp.card.name, "data": flags.data, "templates": list(prompts)}
+        Workdir(flags.workdir).write("zeroshot.json", json.dumps(of | found, indent=2) + "\n")
         console.print(f"written to zeroshot.json in {flags.workdir}")
     return 0
 
