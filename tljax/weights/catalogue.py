@@ -1,7 +1,7 @@
 """Well-known checkpoints on the Hugging Face hub, as timm publishes them: one a line.
 
-Size, mean and std, interpolation, crop and licence are those of timm's registry (1.0.31), top-1 that of its
-results-imagenet.csv at that size and crop, where it has one: a test compares them.
+Size, mean and std, interpolation, crop and licence are those of timm's registry (1.0.31), with which a test compares
+them; top-1 is that of timm's results-imagenet.csv at that size and crop, where it has one.
 """
 
 # name | model | pixels | mean and std, ImageNet-1k's or a half | interpolation | crop | licence | top-1, percent
