@@ -190,6 +190,8 @@ def test_filling_compiles_nothing_and_draws_no_numbers(source, monkeypatch):
     model = models.create("resnet_tiny", CLASSES)
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: built.append(event))
     shapes = models.shapes(model)
+    for name in ("bits", "key", "normal", "truncated_normal", "uniform"):
+        monkeypatch.setattr(jax.random, name, lambda *_, **__: pytest.fail("a random number is drawn"))
     loaded = weights.load(str(source), "resnet_tiny", shapes)
     assert loaded.report.reset == ()
     assert not [event for event in built if "backend_compile" in event]
