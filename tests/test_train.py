@@ -293,3 +293,29 @@ def test_a_leak_in_the_step_is_told_and_stops_nothing(tiny, tmp_path, capsys, mo
     assert any("gradient of frozen stem/conv1/kernel" in leak for leak in leaks)
     assert all(f"lint: {leak}" in out for leak in leaks)
     assert "no gradient of a frozen leaf is formed" not in out
+
+
+def test_runs_that_differ_in_numbers_share_a_program(tiny, tmp_path, monkeypatch):
+    """Rate, decay, smoothing and seed are arguments of the step: its program is one, and the compilation cache's."""
+    texts, program = [], train.parallel.Layout.program
+
+    class Seen:
+        def __init__(self, jitted):
+            self.jitted = jitted
+
+        def __call__(self, *args):
+            return self.jitted(*args)
+
+        def lower(self, *args):
+            lowered = self.jitted.lower(*args)
+            texts.append(lowered.as_text())
+            return lowered
+
+    monkeypatch.setattr(train.parallel.Layout, "program", lambda *a, **k: Seen(program(*a, **k)))
+    common = {"train_for": "3 steps", "drop_rate": 0.5, "augment_mixup": 0.3}
+    others = {"optim_lr": 0.3, "optim_weight_decay": 0.7, "label_smoothing": 0.4, "seed": 11}
+    for i, fields in enumerate(({}, others, {"ema": 0.9})):
+        assert train.main(changed(tiny, tmp_path / str(i), **common | fields)) == 0
+    assert texts[0] == texts[1] != texts[2]
+    rows = [Workdir(tmp_path / str(i)).rows() for i in range(2)]
+    assert rows[0][0]["train/loss"] != rows[1][0]["train/loss"]

@@ -19,7 +19,6 @@ from tljax.experiment import Experiment, build
 from tljax.parallel import Layout, cost
 from tljax.plan import Plan
 from tljax.report import text
-from tljax.step import make_train_step
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 
@@ -122,12 +121,7 @@ def estimate(exp: Experiment, plan: Plan, layout: Layout, forward: dict[str, flo
     """Compiles the experiment's step under a plan on the layout, and reads what the compiler says."""
     config, p = exp.config, exp.preprocessing
     tx = optim.optimizer(plan, config.optim, lambda step: config.optim.lr)
-    step = make_train_step(
-        exp.model, plan, tx, mean=p.mean, std=p.std, num_classes=exp.model.num_classes,
-        smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
-        ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=layout.axis_name,
-        penalty=exp.penalty,
-    )  # fmt: skip
+    step = exp.train_step(plan, tx, layout)
     state = exp.state_shapes(plan, tx)
     compiled = layout.compile_train(step, state, layout.abstract_batch(config.batch_size, p.size))
     found, memory, totals = cost(compiled), compiled.memory_analysis(), plan.totals()

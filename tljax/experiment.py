@@ -19,7 +19,7 @@ from tljax.data.pipeline import Augment
 from tljax.errors import UserError
 from tljax.parallel import Layout
 from tljax.patterns import matches
-from tljax.step import State, init_state
+from tljax.step import Numbers, State, init_state, make_train_step, numbers_of
 
 DEFAULT_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, where no card says otherwise
 
@@ -85,15 +85,29 @@ class Experiment:
         """The phases in steps, for so many training examples."""
         return phases.resolve(self.plans, *total_steps(self.config, examples))
 
-    def optimizer(self, phase: phases.Phase, examples: int):
-        """Returns (gradient transformation over what trains, learning rate as a function of the run's step)."""
+    def optimizer(self, phase: phases.Phase, examples: int, numbers: Numbers | None = None):
+        """Returns (gradient transformation over what trains, learning rate as a function of the run's step).
+
+        `numbers`, which may be traced, take the place of the config's.
+        """
         config, (total, per_epoch) = self.config.optim, total_steps(self.config, examples)
+        peak, decay = (numbers.lr, numbers.weight_decay) if numbers else (None, None)
         if config.restart:
-            part = optim.learning_rate(config, phase.stop - phase.start, per_epoch)
+            part = optim.learning_rate(config, phase.stop - phase.start, per_epoch, peak)
             schedule = lambda step: part(step - phase.start)
         else:
-            schedule = optim.learning_rate(config, total, per_epoch)
-        return optim.optimizer(phase.plan, config, schedule, phase.births), schedule
+            schedule = optim.learning_rate(config, total, per_epoch, peak)
+        return optim.optimizer(phase.plan, config, schedule, phase.births, decay), schedule
+
+    def train_step(self, plan: plans.Plan, tx, layout: Layout, numbers: Numbers | None = None, **more):
+        """`make_train_step` as the config says, under one of its plans; `numbers` as in `optimizer`."""
+        config, p, numbers = self.config, self.preprocessing, numbers or numbers_of(self.config)
+        return make_train_step(
+            self.model, plan, tx, mean=p.mean, std=p.std, num_classes=self.model.num_classes,
+            smoothing=numbers.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
+            ema=config.ema, accumulate=config.optim.accumulate, seed=numbers.seed, axis_name=layout.axis_name,
+            penalty=self.penalty, **more,
+        )  # fmt: skip
 
     def state_shapes(self, plan: plans.Plan, tx: optax.GradientTransformation) -> State:
         """Shapes and dtypes of the training state under a plan."""

@@ -14,29 +14,33 @@ from tljax.plan import Plan, paths
 SLANT_RATIO = 32  # of the largest to the smallest rate of the slanted triangle
 
 
-def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
+def learning_rate(
+    config: ConfigDict, total_steps: int, steps_per_epoch: float, peak: float | jax.Array | None = None
+) -> optax.Schedule:
     """Linear warm-up from 0, then cosine or linear to 0, or constant; a function of the step.
 
     Or slanted triangular (Howard & Ruder 2018): the warm-up rises from lr/32 to lr, then the rate falls linearly to
-    lr/32. `config` is `config.optim`. Raises UserError where the warm-up is longer than the run.
+    lr/32. `config` is `config.optim`; `peak` takes the place of its lr, and may be traced. Raises UserError where the
+    warm-up is longer than the run.
     """
+    peak = config.lr if peak is None else peak
     warmup = duration(config.warmup, steps_per_epoch, "optim.warmup", whole=total_steps)
     if warmup >= total_steps:
         raise UserError(f"config.optim.warmup = {config.warmup!r} is {warmup} steps, the run has {total_steps}")
     if config.schedule == "slanted_triangular":
-        least, after = config.lr / SLANT_RATIO, total_steps - warmup
+        least, after = peak / SLANT_RATIO, total_steps - warmup
         # The paper divides by cut * (1 / cut_frac - 1), which is this unless its cut was rounded: then it ends below 0.
-        falling = optax.linear_schedule(config.lr, least, after)
-        return optax.join_schedules([optax.linear_schedule(least, config.lr, warmup), falling], [warmup])
+        falling = optax.linear_schedule(peak, least, after)
+        return optax.join_schedules([optax.linear_schedule(least, peak, warmup), falling], [warmup])
     after = {
-        "cosine": lambda: optax.cosine_decay_schedule(config.lr, total_steps - warmup),
-        "linear": lambda: optax.linear_schedule(config.lr, 0.0, total_steps - warmup),
-        "constant": lambda: optax.constant_schedule(config.lr),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, total_steps - warmup),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, total_steps - warmup),
+        "constant": lambda: optax.constant_schedule(peak),
     }[config.schedule]()
     if not warmup:
         return after
     # The first step has the rate lr/warmup, not 0: no step is spent on nothing.
-    rising = lambda step: config.lr * (step + 1) / warmup
+    rising = lambda step: peak * (step + 1) / warmup
     return optax.join_schedules([rising, after], [warmup])
 
 
@@ -73,15 +77,18 @@ def by_age(plan: Plan, births: dict[str, int], core: Callable[[], optax.Gradient
 
 
 def optimizer(
-    plan: Plan, config: ConfigDict, schedule: optax.Schedule, births: dict[str, int] | None = None
-) -> optax.GradientTransformation:
+    plan: Plan, config: ConfigDict, schedule: optax.Schedule, births: dict[str, int] | None = None,
+    weight_decay: float | jax.Array | None = None,
+) -> optax.GradientTransformation:  # fmt: skip
     """One chain over the trainable part of the parameters (`plan.split(params)[0]`).
 
     Clip by the global norm; the core (Adam, Loshchilov & Hutter's AdamW when decayed; SGD with momentum; LAMB,
     You et al. 2020); decoupled weight decay by the plan's decay flags; the multipliers; the schedule. So decay
     scales with the multiplier, and there is one clip for everything that trains. `config` is `config.optim`;
-    `births`: the step at which each leaf began to train, where there are phases (`tljax.phases`).
+    `births`: the step at which each leaf began to train, where there are phases (`tljax.phases`); `weight_decay` takes
+    the place of the config's, and may be traced.
     """
+    weight_decay = config.weight_decay if weight_decay is None else weight_decay
     adam = lambda eps: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=eps)
     core, after_decay = {
         "adamw": (lambda: adam(1e-8), ()),
@@ -92,7 +99,7 @@ def optimizer(
     return optax.chain(
         *([optax.clip_by_global_norm(config.clip)] if config.clip else []),
         by_age(plan, births or {}, core),
-        *([optax.add_decayed_weights(config.weight_decay, decay)] if config.weight_decay else []),
+        *([optax.add_decayed_weights(weight_decay, decay)] if config.weight_decay else []),
         *after_decay,
         scales(plan),
         optax.scale_by_learning_rate(schedule),

@@ -134,13 +134,16 @@ class Layout:
             return {k: jax.ShapeDtypeStruct((local, b, *s[1:]), d) for k, (s, d) in shapes.items()}
         return {k: jax.ShapeDtypeStruct(s, d, sharding=self.batch) for k, (s, d) in shapes.items()}
 
-    def program(self, train_step, state: Tree):
-        """`train_step(state, batch) -> (state, metrics)` as it runs on the devices; the state is donated."""
+    def program(self, train_step, state: Tree, more: int = 0):
+        """`train_step(state, batch, …) -> (state, metrics)` as it runs on the devices; the state is donated.
+
+        It takes so many arguments `more`, which are whole on every device.
+        """
         if self.mode == "pmap":
             return jax.pmap(
                 train_step,
                 axis_name=AXIS,
-                in_axes=(None, 0),
+                in_axes=(None, 0, *(None,) * more),
                 out_axes=(None, None),
                 donate_argnums=(0,),
                 devices=self.devices,
@@ -148,7 +151,7 @@ class Layout:
         shardings = self.shardings(state)
         return jax.jit(
             train_step,
-            in_shardings=(shardings, self.batch),
+            in_shardings=(shardings, self.batch, *(self.replicated,) * more),
             out_shardings=(shardings, self.replicated),
             donate_argnums=(0,),
         )

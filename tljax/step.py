@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tljax.plan import Plan
@@ -20,6 +21,22 @@ class State(NamedTuple):
     optimizer: Tree  # over the trainable leaves alone
     average: Tree  # moving average {"params": trainable part, "stats": …}, or None
     anchor: Tree = None  # what a regulariser holds the weights to {"params": …, "fisher": … or None}, constant; or None
+
+
+class Numbers(NamedTuple):
+    """What of a config a compiled step takes as numbers: runs that differ in these alone share one program."""
+
+    lr: Any  # float32, the schedule's peak
+    weight_decay: Any  # float32
+    label_smoothing: Any  # float32
+    seed: Any  # uint32
+
+
+def numbers_of(config) -> Numbers:
+    """The numbers of a whole config."""
+    optim = config.optim
+    values = map(np.float32, (optim.lr, optim.weight_decay, config.label_smoothing))
+    return Numbers(*values, np.uint32(config.seed))
 
 
 def init_state(
@@ -55,9 +72,10 @@ def normalise(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
 
 
 def make_train_step(
-    model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int, smoothing: float = 0.0,
-    mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1, seed: int = 0,
-    axis_name: str | None = None, penalty=None, start: str | None = None, mix_at: str | None = None,
+    model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int,
+    smoothing: float | jax.Array = 0.0, mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1,
+    seed: int | jax.Array = 0, axis_name: str | None = None, penalty=None, start: str | None = None,
+    mix_at: str | None = None,
 ):  # fmt: skip
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and with global semantics.
 

@@ -23,7 +23,7 @@ from tljax.leaks import lint
 from tljax.plan import Plan, combined
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
-from tljax.step import State, evaluated, init_state, make_train_step
+from tljax.step import State, evaluated, init_state, numbers_of
 from tljax.termination import Termination
 from tljax.workdir import Workdir
 
@@ -196,7 +196,7 @@ class Run:
             self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
         self.keep_features(state)
         with self.clock("compile"):
-            self.compile(tx, self.layout.abstract(like))
+            self.compile(self.layout.abstract(like))
         return state
 
     def keep_features(self, state: State) -> None:
@@ -256,27 +256,29 @@ class Run:
             held = delta.cut(state, self.left_out)
             self.checkpoints.save(int(state.step), held, self.notes, best["step"] if best else None)
 
-    def compile(self, tx, like: State) -> None:
+    def compile(self, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
-        config, p = self.config, self.exp.preprocessing
-        step = make_train_step(
-            self.exp.model, self.plan, tx, mean=p.mean, std=p.std, num_classes=len(self.dataset.classes),
-            smoothing=config.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
-            ema=config.ema, accumulate=config.optim.accumulate, seed=config.seed, axis_name=self.layout.axis_name,
-            penalty=self.exp.penalty, start=self.cache.cut if self.cache else None,
-            mix_at=self.plan.cut if config.augment.mix_at == "features" else None,
-        )  # fmt: skip
+        config, exp, phase = self.config, self.exp, self.phase
+        start = self.cache.cut if self.cache else None
+        mix_at = self.plan.cut if config.augment.mix_at == "features" else None
+
+        def step(state, batch, numbers):  # whose program serves other rates and seeds from the compilation cache
+            tx, _ = exp.optimizer(phase, len(self.dataset.train), numbers)
+            return exp.train_step(phase.plan, tx, self.layout, numbers, start=start, mix_at=mix_at)(state, batch)
+
         features = self.cache.like if self.cache else None
-        batch = self.layout.abstract_batch(config.batch_size, p.size, features)
-        program = self.layout.program(step, like)
-        leaks = lint(program, self.plan, like, batch)  # before compiling, which takes over what was traced
+        batch = self.layout.abstract_batch(config.batch_size, exp.preprocessing.size, features)
+        self.numbers = numbers_of(config)
+        program = self.layout.program(step, like, more=1)
+        arguments = (like, batch, self.numbers)
+        leaks = lint(program, self.plan, *arguments)  # before compiling, which takes over what was traced
         # A leak is a mistake in the step or the model, not in what the user asked for, and costs time and memory alone
         # (the frozen values are verified all the same): it is told, here and in the summary, and stops nothing.
         for line in leaks or (() if self.looked else ("no gradient of a frozen leaf is formed",)):
             self.console.print(f"lint: {line}")
         self.looked = True
         self.leaks |= dict.fromkeys(map(str, leaks))
-        self.train_step = program.lower(like, batch).compile()
+        self.train_step = program.lower(*arguments).compile()
 
     # ---- the loop
 
@@ -295,7 +297,7 @@ class Run:
             for step, batch in enumerate(batches, start + 1):
                 if self.ended_early():
                     break
-                state, measured = self.train_step(state, self.layout.place_batch(batch))
+                state, measured = self.train_step(state, self.layout.place_batch(batch), self.numbers)
                 pending.append(measured)
                 counted += 1
                 if step == start + 1:
