@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import changed, command
 
-from tljax import evaluate, predict, train
+from tljax import evaluate, experiment, predict, train
 from tljax import plan as plans
 from tljax.errors import UserError
 from tljax.workdir import Workdir
@@ -267,7 +267,7 @@ def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny
 
 def test_a_leak_in_the_step_is_told_and_stops_nothing(tiny, tmp_path, capsys, monkeypatch):
     """The step with a norm over the gradients of all leaves: the run says so, and its summary."""
-    make = train.make_train_step
+    make = experiment.make_train_step
 
     def leaking(model, plan, tx, **more):
         step = make(model, plan, tx, **more)
@@ -281,7 +281,7 @@ def test_a_leak_in_the_step_is_told_and_stops_nothing(tiny, tmp_path, capsys, mo
 
         return whole
 
-    monkeypatch.setattr(train, "make_train_step", leaking)
+    monkeypatch.setattr(experiment, "make_train_step", leaking)
     fields = {
         "phases": "lp_ft(head='2 steps', then=partial(last=1))",
         "train_for": "4 steps",

@@ -52,9 +52,21 @@ def _fetch(package: str, folder: Path, what: str) -> None:
             if done.returncode or len(archives) != 1:
                 raise OSError(" ".join((done.stderr or done.stdout).split())[-200:] or f"npm exits {done.returncode}")
             with tarfile.open(archives[0]) as archive:
-                archive.extractall(Path(place, "whole"), filter="data")
+                _unpack(archive, Path(place, "whole"))
             os.replace(Path(place, "whole", "package"), folder)
         except (OSError, subprocess.TimeoutExpired, tarfile.TarError) as error:
             if not folder.is_dir():  # another process may have been faster
                 detail = " ".join(str(error).split())[:300]
                 raise UserError(f"{what}: the npm package {package} cannot be fetched ({detail}); {by_hand}") from None
+
+
+def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """The archive's files, and nothing else that an archive may hold. Raises TarError where one leads elsewhere."""
+    for member in archive:
+        inside = Path(member.name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise tarfile.TarError(f"{member.name!r} lies outside of the package")
+        if member.isfile():
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            with archive.extractfile(member) as source, (folder / inside).open("wb") as target:
+                shutil.copyfileobj(source, target)

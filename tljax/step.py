@@ -95,8 +95,9 @@ def make_train_step(
 
     def loss_fn(trainable, frozen, stats, images, targets, key):
         variables = {"params": plan.merge(trainable, frozen), "batch_stats": stats}
+        behind = {} if begin is None else {"start": begin}  # a model need not know of stages to be trained whole
         logits, moved = model.apply(
-            variables, images, live=plan.live, start=begin, rngs={"dropout": key}, mutable=["batch_stats"]
+            variables, images, live=plan.live, rngs={"dropout": key}, mutable=["batch_stats"], **behind
         )
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         return loss, (moved.get("batch_stats", stats), logits)

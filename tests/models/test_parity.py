@@ -182,8 +182,11 @@ def test_gradients_and_statistics(name, tolerance):
 
 def is_covered_here(name, naming):
     """What further names Vision Transformers and the like have is tested with the files, in test_vit_parity.py …"""
-    if name.startswith(("vit", "clip", "convnext", "densenet", "swin", "resn", "wide", "inception", "keras")):
-        return naming == next(iter(models.conversion(name))) and not naming.startswith("keras")
+    first = naming == next(iter(models.conversion(name))) and not naming.startswith("keras")
+    if name.startswith(("vit", "clip", "convnext", "densenet", "swin")):
+        return first
+    if name.startswith(("resn", "wide", "inception", "keras")):
+        return first and not name.endswith("_tiny")
     return naming != "google" and not naming.startswith("keras") and not name.endswith("_tiny")
 
 
