@@ -4,6 +4,11 @@ Reads top to bottom: config, data, model and plan by shapes, weights, optimizer,
 and the final figures (`tljax.ending`).
 """
 
+from tljax import pages
+
+if __name__ == "__main__":
+    pages.restart()
+
 import contextlib
 import functools
 import math
