@@ -3,9 +3,9 @@
     python benchmarks/forward.py                          # extra `parity`; writes docs/speed.md
     python benchmarks/forward.py --only=resnet50 --size=128
 
-The same batch and optimizer (AdamW) on both sides, PyTorch's networks from timm, channels last, in the same process:
-round by round each side takes its turn, both with large pages (tljax/pages.py). float32 on the CPU; on a GPU bfloat16, PyTorch by autocast. The figures are
-medians over the rounds.
+The same batch and optimizer (AdamW) on both sides, PyTorch's networks from timm, channels last, in the same process
+and with large pages (tljax/pages.py): round by round each side takes its turn. float32 on the CPU; on a GPU bfloat16,
+PyTorch by autocast. The figures are medians over the rounds.
 """
 
 from tljax import pages
