@@ -3,9 +3,10 @@
     python benchmarks/forward.py                          # extra `parity`; writes docs/speed.md
     python benchmarks/forward.py --only=resnet50 --size=128
 
-The same batch and optimizer (AdamW) on both sides, PyTorch's networks from timm, channels last, in the same process
-and with large pages (tljax/pages.py): round by round each side takes its turn. float32 on the CPU; on a GPU bfloat16,
-PyTorch by autocast. The figures are medians over the rounds.
+The same batch and optimizer (AdamW) on both sides, PyTorch's networks from timm, channels last, all with large pages
+(tljax/pages.py). Each side is a process of its own, one after another: side by side each would find the caches, the
+memory and the spinning threads of the other. float32 on the CPU; on a GPU bfloat16, PyTorch by autocast. The figures
+are medians over the repeats.
 """
 
 from tljax import pages
@@ -14,6 +15,8 @@ if __name__ == "__main__":
     pages.restart()
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +33,7 @@ NETWORKS = {
     "vit_small_patch16": "vit_small_patch16_224",
 }
 CLASSES = 1000
+SIDES = ("tljax", "eager", "compiled")
 
 
 def ours(name: str, batch: int, size: int, bfloat16: bool) -> dict:
@@ -66,8 +70,8 @@ def ours(name: str, batch: int, size: int, bfloat16: bool) -> dict:
     return {"forward": lambda: jax.block_until_ready(predict(params, stats, placed["image"])), "train": train}
 
 
-def peers(name: str, batch: int, size: int, bfloat16: bool) -> dict[str, dict]:
-    """{"eager", "compiled"}: as `ours`."""
+def peer(name: str, batch: int, size: int, bfloat16: bool, compiled: bool) -> dict:
+    """As `ours`."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "models"))
     import torch
     from torch_zoo import import_timm
@@ -77,6 +81,7 @@ def peers(name: str, batch: int, size: int, bfloat16: bool) -> dict[str, dict]:
     sized = {"img_size": size} if name.startswith("vit") else {}
     net = import_timm().create_model(NETWORKS[name], num_classes=CLASSES, **sized)
     net = net.to(device, memory_format=torch.channels_last)
+    call = torch.compile(net) if compiled else net
     x = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, CLASSES, (batch,), device=device)
@@ -86,40 +91,48 @@ def peers(name: str, batch: int, size: int, bfloat16: bool) -> dict[str, dict]:
     cast = lambda: torch.autocast(device, torch.bfloat16, enabled=bfloat16)
     done = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def side(call):
-        def forward():
-            net.eval()
-            with torch.inference_mode(), cast():
-                call((x.float() - mean) / std)
-            done()
+    def forward():
+        net.eval()
+        with torch.inference_mode(), cast():
+            call((x.float() - mean) / std)
+        done()
 
-        def train():
-            net.train()
-            with cast():
-                loss = torch.nn.functional.cross_entropy(call((x.float() - mean) / std), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            done()
+    def train():
+        net.train()
+        with cast():
+            loss = torch.nn.functional.cross_entropy(call((x.float() - mean) / std), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        done()
 
-        return {"forward": forward, "train": train}
-
-    return {"eager": side(net), "compiled": side(torch.compile(net))}
+    return {"forward": forward, "train": train}
 
 
-def measure(name: str, batch: int, size: int, rounds: int, bfloat16: bool) -> dict:
+def side(name: str, of: tuple, repeats: int) -> None:
+    """Prints the median seconds of the passes of one side, as JSON."""
+    functions = ours(*of) if name == SIDES[0] else peer(*of, name == SIDES[2])
+    found = {}
+    for what, function in functions.items():
+        seconds = []
+        for _ in range(repeats + 2):  # the first compile, and warm up
+            begun = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begun)
+        found[what] = float(np.median(seconds[2:]))
+    print(json.dumps(found))
+
+
+def measure(name: str, given) -> dict:
     """{(side, "forward" | "train"): images a second}."""
-    sides = {"tljax": ours(name, batch, size, bfloat16), **peers(name, batch, size, bfloat16)}
-    seconds = {(side, what): [] for what in ("forward", "train") for side in sides}
-    for what in ("forward", "train"):
-        for i in range(rounds + 1):  # the first round compiles
-            for side, functions in sides.items():
-                begun = time.perf_counter()
-                functions[what]()
-                if i:
-                    seconds[side, what].append(time.perf_counter() - begun)
-    return {key: batch / np.median(values) for key, values in seconds.items()}
+    found = {}
+    for one in SIDES:
+        flags = (f"--only={name}", f"--batch={given.batch}", f"--size={given.size}", f"--repeats={given.repeats}")
+        command = [sys.executable, __file__, *flags, f"--side={one}"]
+        told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+        found |= {(one, what): given.batch / seconds for what, seconds in told.items()}
+    return found
 
 
 def main():
@@ -127,16 +140,19 @@ def main():
     parser.add_argument("--only", default=",".join(NETWORKS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--side", default="", choices=("", *SIDES), help="one side, for the script's own use")
     given = parser.parse_args()
-    import torch
-
     gpu = jax.default_backend() == "gpu"
+    if given.side:
+        return side(given.side, (given.only, given.batch, given.size, gpu), given.repeats)
+    from importlib.metadata import version
+
     rows = []
     for name in given.only.split(","):
-        speed = measure(name, given.batch, given.size, given.rounds, gpu)
+        speed = measure(name, given)
         for what in ("forward", "train"):
-            own, eager, compiled = (speed[side, what] for side in ("tljax", "eager", "compiled"))
+            own, eager, compiled = (speed[side, what] for side in SIDES)
             rows.append(
                 (name, what, f"{own:.1f}", f"{eager:.1f}", f"{compiled:.1f}", f"{own / eager:.2f}",
                  f"{own / compiled:.2f}")
@@ -146,13 +162,14 @@ def main():
     text = f"""## Forward and full training step
 
 Images a second, by `python benchmarks/forward.py`: batch {given.batch} at {given.size} pixels,
-{"bfloat16" if gpu else "float32"}, AdamW on all parameters, medians of {given.rounds}; jax {jax.__version__}, PyTorch
-{torch.__version__} with timm's networks, channels last. Machine: {sections.machine()}.
+{"bfloat16" if gpu else "float32"}, AdamW on all parameters, medians of {given.repeats}; jax {jax.__version__}, PyTorch
+{version("torch")} with timm's networks, channels last. Machine: {sections.machine()}.
 
 {sections.table(head, rows)}
 """
     if given.only == ",".join(NETWORKS):
         sections.write("forward", text)
+    return None
 
 
 if __name__ == "__main__":
