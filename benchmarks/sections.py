@@ -8,8 +8,8 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 HEAD = """# Speed, measured
 
-Every section is written by the script named in it, with the peer or the plain way in the same run, one after another
-and then all again: times are medians, and a ratio says more than a time. Machines are named with their sections.
+Every section is written by the script named in it, with the peer or the plain way in the same run. Times are medians,
+and a ratio says more than a time. Machines are named with their sections.
 """
 
 
