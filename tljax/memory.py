@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 Tree = Any
 
@@ -25,7 +26,7 @@ def peak(function, *arguments) -> int:
 
 def _made(jaxpr) -> int:
     """Bytes of what a jaxpr makes that live at once, at most."""
-    variables = lambda atoms: {atom for atom in atoms if not isinstance(atom, jax.extend.core.Literal)}
+    variables = lambda atoms: {atom for atom in atoms if not isinstance(atom, Literal)}
     last = {}
     for i, eqn in enumerate(jaxpr.eqns):
         last |= dict.fromkeys(variables(eqn.invars), i)

@@ -58,6 +58,11 @@ class Folder(Workdir):
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path / 'config.json'} cannot be used: {error}") from error
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run, or a sweep, already."""
+        return (self.path / "config.json").exists()
+
     def results(self) -> list[dict]:
         """The rows of all groups that have ended, by number."""
         rows = []
@@ -81,7 +86,8 @@ class Sweep:
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
         begun = time.time()
-        self.folder.claim(self.config)
+        if self.folder.begun:
+            self.folder.claim(self.config)
         done = {row["number"] for row in self.folder.results()}
         left = [member for member in self.members if member.number not in done]
         say = self.console.print
@@ -91,6 +97,7 @@ class Sweep:
         parts = [self.part(group) for group in groups]
         for i, (group, size) in enumerate(zip(groups, parts), 1):
             say(f"group {i} of {len(groups)}: {self.told(group, size)}")
+        self.folder.claim(self.config)  # now that all of it is known to make sense
         for i in range(len(groups)):
             group, size, groups[i] = groups[i], parts[i], None  # what it holds goes when it ends
             for start in range(0, len(group.courses), size):
