@@ -4,6 +4,7 @@ Members that differ in numbers, seeds and subsets of the data alone are one grou
 at once (`tljax.members`). Every other axis makes groups.
 """
 
+import bisect
 import copy
 import dataclasses
 import functools
@@ -147,7 +148,9 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
-        fits = 1 + (self.limit - one) // max(1, group.need(2) - one)
+        if group.need(count) <= self.limit:
+            return count
+        fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
         chunks = -(-count // fits)
         return -(-count // chunks)
 
