@@ -166,7 +166,9 @@ class FeatureCache:
 
     def _stored(self, split: Split, view: int | None) -> np.ndarray:
         """The features from a file whose name is the digest of its content; computed where there is none."""
-        looks = "evaluation" if view is None else f"{_short(str(Augment.of(self.exp.config.augment)))}-view{view}"
+        looks = "evaluation"
+        if view is not None:  # which depends on the rows in which the photographs stand
+            looks = f"{_short(f'{Augment.of(self.exp.config.augment)} {split.rows.tolist()}')}-view{view}"
         name, place = f"{content(split)[:16]}-{looks}", folder(self.exp.config) / self.digest[:32]
         try:
             whole = self._whole(place, name)

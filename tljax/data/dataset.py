@@ -70,6 +70,24 @@ class Split:
         return part
 
     @property
+    def rows(self) -> np.ndarray:
+        """Where each photograph stands in the data's table, whatever the split."""
+        return self._rows
+
+    def join(self, *others: "Split") -> "Split":
+        """The photographs of several splits of one table, each once, in the table's order."""
+        rows = np.concatenate([self._rows, *(split.rows for split in others)])
+        labels = np.concatenate([self.labels, *(split.labels for split in others)])
+        whole = copy.copy(self)
+        whole._rows, first = np.unique(rows, return_index=True)
+        whole.labels = labels[first]
+        return whole
+
+    def places(self, part: "Split") -> np.ndarray:
+        """Where the photographs of a part of a joined split stand in it."""
+        return np.searchsorted(self._rows, part.rows)
+
+    @property
     def names(self) -> list[str]:
         """File name, or row, of each photograph."""
         return [self._names[row] for row in self._rows]

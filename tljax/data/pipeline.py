@@ -97,7 +97,7 @@ def train_batches(
         step, within = divmod(i, local)
         j = step * batch_size + index * local + within
         epoch, at = place(j)
-        rng = _view(epoch % views, at) if views else np.random.default_rng((seed, PIXELS, j))
+        rng = _view(epoch % views, split.rows[at]) if views else np.random.default_rng((seed, PIXELS, j))
         return _example(split, at, lambda image: _augmented(rng, image, size, augment, interpolation, crop))
 
     return _batches(example, start_step * local, stop_step * local, local, threads)
@@ -111,11 +111,20 @@ def order(n: int, seed: int) -> Callable[[int], tuple[int, int]]:
     if not n:
         raise UserError("the train split is empty")
 
-    @functools.lru_cache(maxsize=2)  # threads work on both sides of an epoch's end
-    def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
-
+    # Two, as threads work on both sides of an epoch's end.
+    permutation = functools.lru_cache(maxsize=2)(functools.partial(_permutation, n, seed))
     return lambda j: (j // n, int(permutation(j // n)[j % n]))
+
+
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
+
+
+def stream(n: int, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch, place in the split of n) of the first `count` examples of the stream, int32 [count] each."""
+    epochs = -(-count // n)
+    places = np.concatenate([_permutation(n, seed, epoch) for epoch in range(epochs)])
+    return (np.arange(count) // n).astype(np.int32), places[:count].astype(np.int32)
 
 
 def feature_batches(
@@ -189,17 +198,18 @@ def view_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """One augmented view of the whole split, in order, as `eval_batches` gives the evaluation crop.
 
-    A view is a function of its number and of the photograph's place, and not of the run's seed: runs can share it.
+    A view is a function of its number and of the photograph's row in the data's table, and neither of the run's seed
+    nor of the split: runs can share it.
     """
     augment = Augment.of(augment)
     transforms.check_interpolation(interpolation)
-    transform = lambda at, image: _augmented(_view(view, at), image, size, augment, interpolation, crop)
+    transform = lambda at, image: _augmented(_view(view, split.rows[at]), image, size, augment, interpolation, crop)
     return _once(split, transform, batch_size, size, threads, process)
 
 
-def _view(view: int, at: int) -> np.random.Generator:
-    """The randomness of an augmented view of the photograph at a place."""
-    return np.random.default_rng((0, VIEW, view, at))
+def _view(view: int, row: int) -> np.random.Generator:
+    """The randomness of an augmented view of the photograph in a row."""
+    return np.random.default_rng((0, VIEW, view, int(row)))
 
 
 def _once(split: Split, transform, batch_size: int, size: int, threads: int, process: tuple[int, int]):

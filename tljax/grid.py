@@ -1,0 +1,96 @@
+"""A sweep's members: one config for each point of a grid of axes, and which of them one compiled step can train."""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from tljax import config as configs
+from tljax.errors import UserError, unknown
+
+# What a step takes as numbers: members that differ in these alone share a compiled step, whatever they train on.
+NUMBERS = ("optim.lr", "optim.weight_decay", "optim.schedule", "optim.warmup", "label_smoothing", "train_for")
+# What makes another stream of the same photographs: shared only where their features are kept.
+STREAMS = ("seed", "data.limit", "data.val", "data.fold_seed")
+REPEATS = ("seed", "data.val", "data.fold_seed")  # runs that differ in these alone repeat one experiment
+
+
+class Member(NamedTuple):
+    """One run of a sweep: its number in the grid, its place on each axis, and its whole config."""
+
+    number: int
+    fields: dict[str, Any]  # {axis: value}
+    config: ConfigDict
+
+    def key(self, free: Iterable[str]) -> str:
+        """A text that is equal for members that differ in the fields `free` alone."""
+        return json.dumps({k: v for k, v in configs.flatten(self.config).items() if k not in free}, sort_keys=True)
+
+
+def axes(values: Mapping[str, Sequence]) -> ConfigDict:
+    """`config.sweep` from {dotted field: values}, as `axes({"optim.lr": (1e-3, 1e-2), "seed": range(3)})`.
+
+    It is nested as the config is, so that `--config.sweep.optim.lr="(1e-3,)"` changes it.
+    """
+    nested: dict = {}
+    for field, given in values.items():
+        *groups, name = field.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = tuple(given) if isinstance(given, range | list) else given
+    return ConfigDict(nested)
+
+
+def members(config: ConfigDict) -> tuple[Member, ...]:
+    """Every combination of the values in `config.sweep`, the last axis varying fastest.
+
+    Raises UserError: no axis, an axis that is no field, without values or with one twice, a value that does not fit.
+    """
+    given = config.get("sweep", None)
+    if not isinstance(given, ConfigDict):
+        raise UserError("the config has no sweep: set config.sweep = axes({field: values}), from tljax.grid")
+    base = ConfigDict({name: value for name, value in config.to_dict().items() if name != "sweep"})
+    configs.check(base)
+    known, found = configs.flatten(base), configs.flatten(given)
+    if not found:
+        raise UserError("config.sweep is empty: give it an axis, as axes({'optim.lr': (1e-3, 1e-2)})")
+    for field, values in found.items():
+        if field not in known:
+            raise unknown("axis", field, known)
+        if not isinstance(values, tuple | list) or not values:
+            raise UserError(f"axis {field} = {values!r}: expected a tuple of values, as ({known[field]!r},)")
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise UserError(f"axis {field} has {twice[0]!r} twice")
+    combinations = itertools.product(*found.values())
+    return tuple(_member(i, base, dict(zip(found, values))) for i, values in enumerate(combinations))
+
+
+def _member(number: int, base: ConfigDict, fields: dict[str, Any]) -> Member:
+    whole = base.to_dict()
+    for field, value in fields.items():
+        *groups, name = field.split(".")
+        place = whole
+        for group in groups:
+            place = place[group]
+        if isinstance(place[name], float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        place[name] = fields[field] = value
+    config = ConfigDict(whole)
+    try:
+        configs.check(config)
+    except UserError as error:
+        raise UserError(f"config.sweep: {error}") from None
+    return Member(number, fields, config)
+
+
+def grouped(found: Iterable[Member], free: Iterable[str]) -> list[tuple[Member, ...]]:
+    """Members that differ in the fields `free` alone, together; groups and members in the order of the grid."""
+    groups: dict[str, list[Member]] = {}
+    free = tuple(free)
+    for member in found:
+        groups.setdefault(member.key(free), []).append(member)
+    return list(map(tuple, groups.values()))

@@ -1,0 +1,271 @@
+"""One group of a sweep: members that one compiled step trains, from their first step to their final figures."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax import cache, data, experiment, fisher, memory
+from tljax import config as configs
+from tljax.course import Course, fetched, row
+from tljax.data import Dataset, Split
+from tljax.data.pipeline import stream
+from tljax.errors import UserError
+from tljax.grid import Member
+from tljax.members import Members, choose
+from tljax.parallel import Layout
+from tljax.report import metrics
+from tljax.step import Numbers, State, numbers_of
+
+Tree = Any
+SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
+
+
+class Group:
+    """Members, with the data set of each, that differ in `grid.NUMBERS` and, on kept features, in `grid.STREAMS`."""
+
+    def __init__(self, members: Sequence[Member], datasets: Sequence[Dataset], how: str = "auto", kept: str = ""):
+        self.members, self.datasets = tuple(members), tuple(datasets)
+        # Decay is left out of the optimizer where it is 0: one that has it serves all.
+        config = max((member.config for member in members), key=lambda config: config.optim.weight_decay)
+        one = configs.ConfigDict({"mode": "jit", "fsdp": 1})
+        self.layout = Layout(one, config.batch_size, config.optim.accumulate, devices=1)
+        self.exp = experiment.build(config, self.datasets[0].classes, self.layout)
+        self.courses = [self._course(m, d) for m, d in zip(self.members, self.datasets)]
+        longest = max(self.courses, key=lambda course: course.total)
+        self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
+        self.kept = kept
+        streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
+        self.programs = Members(
+            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), varied=len(streams) > 1
+        )
+        self.compiled, self.features = None, None
+        self.on_device: dict[str, Any] = {}
+        self.pools = pools(datasets)
+        used = max(-(-course.total * config.batch_size // len(course.dataset.train)) for course in self.courses)
+        self.views = min(cache.views(config) or 1, used)
+
+    def _course(self, member: Member, dataset: Dataset) -> Course:
+        config, n = member.config, len(dataset.train)
+        if not len(dataset.val) and (config.select == "best" or config.early_stop):
+            raise UserError(f"select = 'best' and early_stop need a val split, config.data.val = {config.data.val!r}")
+        total, per_epoch = experiment.total_steps(config, n)
+        own = dataclasses.replace(self.exp, config=config)
+        rates = np.asarray(own.optimizer(own.in_time(n)[0], n)[1](np.arange(total)), np.float32)
+        every = {
+            name: max(1, configs.duration(config[f"{name}_every"], per_epoch, f"{name}_every"))
+            for name in ("log", "eval")
+        }
+        return Course(member, dataset, total, per_epoch, np.broadcast_to(rates, total), every)
+
+    # ---- what it needs
+
+    def need(self, count: int) -> int:
+        """Bytes that so many members take at once, at most: state, features, and the step's own."""
+        own, shared = self.programs.shapes(count)
+        shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+        batch, size = self.layout.batch_size, self.exp.preprocessing.size
+        flags = shaped(np.bool_, count)
+        numbers = Numbers(*(shaped(np.float32, count),) * 3, shaped(np.uint32, count))
+        if self.kept:
+            like = self.exp.features(self.phase.plan)
+            pool = len(self.pools["train"])
+            inputs = {"features": shaped(like.dtype, self.views, pool, *like.shape), "label": shaped(np.int32, pool)}
+            places = shaped(np.int32, *((count, batch) if self.programs.varied else (batch,)))
+            index = (places, places)
+        else:
+            inputs = {"image": shaped(np.uint8, batch, size, size, 3), "label": shaped(np.int32, batch)}
+            index = None
+        arguments = (own, flags, shared, shaped(np.int32), flags, numbers, inputs, index)
+        best = memory.nbytes(own) if self.exp.config.select == "best" else 0
+        held = sum(len(self.pools[name]) for name in ("val", "test")) * memory.nbytes(like) if self.kept else 0
+        return memory.peak(self.programs._step, *arguments) + best + held
+
+    # ---- the run
+
+    def train(self, courses: Sequence[Course], size: int, say: Callable = print):
+        """Trains some members, filled up to `size`. Returns (their rows, own [size, …], shared).
+
+        A row is {"number", "fields", "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and
+        "test": figures or None, "seconds": its share, "curve": rows as those of metrics.jsonl}.
+        """
+        begun = time.time()
+        filled = [*courses, *[courses[-1]] * (size - len(courses))]
+        load = functools.cache(lambda seed: self._loaded(filled, seed))
+        information = None
+        if self.exp.penalty and self.exp.penalty.regulariser.fisher:
+            information, said = fisher.of_source(self.exp)
+            say(said)
+        variables = [load(course.member.config.seed) for course in filled]
+        own, shared = self.programs.begin(variables, information)
+        if self.kept and self.features is None:
+            self.features = cache.FeatureCache(self.exp, self.layout, self.phase, *variables[0], self.kept, say)
+        del variables
+        steps, own = self._fit(courses, filled, own, shared)
+        found = {name: self._figures(courses, filled, own, shared, name) for name in ("val", "test")}
+        seconds = (time.time() - begun) / len(courses)
+        rows = [
+            row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
+            for k, course in enumerate(courses)
+        ]
+        return [told | {"seconds": round(seconds, 3)} for told in rows], own, shared
+
+    def _loaded(self, courses: Sequence[Course], seed: int) -> tuple[Tree, Tree]:
+        config = next(course.member.config for course in courses if course.member.config.seed == seed)
+        return dataclasses.replace(self.exp, config=config).load()[:2]
+
+    def _fit(self, courses: Sequence[Course], filled: Sequence[Course], own: State, shared: State):
+        """Returns (metrics of every step, {name: [steps, members]}, the own parts to be evaluated)."""
+        inputs, index = self._inputs(filled)
+        total = max(course.total for course in courses)
+        rates = np.zeros((total, len(filled)), np.float32)
+        for k, course in enumerate(courses):
+            rates[: course.total, k] = course.rates
+        numbers = Numbers(*map(np.stack, zip(*(numbers_of(course.member.config) for course in filled))))
+        alive, go = np.ones(len(filled), bool), np.zeros(len(filled), bool)
+        best, done, pending = own, [], []
+        if self.exp.config.select == "best":
+            best = jax.tree.map(lambda leaf: leaf.copy(), own)
+        batches = None if self.kept else self._batches(total)
+        for step in range(total):
+            go = np.array([not course.over for course in courses] + [False] * (len(filled) - len(courses)))
+            if not go.any():
+                break
+            batch = inputs if self.kept else next(batches)
+            arguments = (
+                own, alive, shared, np.int32(step), go, numbers._replace(lr=rates[step]), batch, index(step)
+            )  # fmt: skip
+            if self.compiled is None:
+                self.compiled = self.programs.step.lower(*arguments).compile()
+            own, alive, measured = self.compiled(*arguments)
+            pending.append((go, measured))
+            going = [course for course, goes in zip(courses, go) if goes]
+            for course in going:
+                course.step += 1
+            due = np.zeros(len(filled), bool)
+            for k, course in enumerate(courses):
+                last = course.step == course.total
+                due[k] = go[k] and (last or course.step % course.every["eval"] == 0)
+            if not due.any():
+                continue
+            done += fetched(courses, pending)
+            pending = []
+            if len(self.pools["val"]):
+                better = self._assess(courses, filled, own, shared, due)
+                if self.exp.config.select == "best":
+                    best = self.programs.pick(better, own, best)
+        if batches is not None:
+            batches.close()
+        done += fetched(courses, pending)
+        steps = {name: np.stack([found[name] for found in done]) for name in ("loss", "accuracy")}
+        return steps, best if self.exp.config.select == "best" else own
+
+    def _inputs(self, filled: Sequence[Course]):
+        """Returns (kept features of the pool of training photographs, step -> index of the step's batch)."""
+        if not self.kept:
+            return None, lambda step: None
+        pool, batch, looks = self.pools["train"], self.layout.batch_size, cache.views(self.exp.config)
+        if "train" not in self.on_device:
+            features = np.stack([self.features(pool, view) for view in range(self.views)])
+            self.on_device["train"] = jax.device_put({"features": features, "label": pool.labels})
+
+        @functools.cache
+        def course_of(seed: int, train: Split, total: int) -> tuple[np.ndarray, np.ndarray]:
+            epochs, places = stream(len(train), seed, total * batch)
+            return (epochs % looks).reshape(total, batch), pool.places(train)[places].reshape(total, batch)
+
+        own = [course_of(c.member.config.seed, c.dataset.train, c.total) for c in filled]
+        if not self.programs.varied:
+            own = [max(own, key=lambda found: len(found[0]))]
+
+        def index(step: int) -> tuple[np.ndarray, np.ndarray]:
+            # Who is done goes on with his last batch, in vain.
+            found = (np.stack([of[i][min(step, len(of[i]) - 1)] for of in own]).astype(np.int32) for i in (0, 1))
+            return tuple(x if self.programs.varied else x[0] for x in found)
+
+        return self.on_device["train"], index
+
+    def _batches(self, total: int):
+        config, p, train = self.exp.config, self.exp.preprocessing, self.datasets[0].train
+        return data.train_batches(
+            train, batch_size=config.batch_size, seed=config.seed, stop_step=total, size=p.size,
+            augment=config.augment, interpolation=p.interpolation, crop=p.crop, views=config.cache_views,
+            threads=config.data.threads,
+        )  # fmt: skip
+
+    def _assess(self, courses, filled, own: State, shared: State, due: np.ndarray) -> np.ndarray:
+        """Evaluates those that are due on val. Returns who is the best so far, bool [members]."""
+        better = np.zeros(len(filled), bool)
+        due = [k for k, course in enumerate(courses) if due[k] and not course.diverged]
+        if not due:
+            return better
+        logits = self.logits(filled, own, shared, "val")
+        for k in due:
+            course, metric = courses[k], self.exp.config.metric.removeprefix("val/")
+            found = self._measured(course, logits[k], "val")
+            if found is None:
+                continue
+            course.evaluations[course.step] = found
+            sign = -1 if metric == "nll" else 1
+            if course.best is None or sign * found[metric] > sign * course.best["value"]:
+                epoch = round(course.step / course.per_epoch, 3)
+                course.best = {"step": course.step, "epoch": epoch, "value": found[metric]}
+                course.since_best, better[k] = 0, True
+            else:
+                course.since_best += 1
+        return better
+
+    def _figures(self, courses, filled, own: State, shared: State, name: str) -> list[dict | None]:
+        if not len(self.pools[name]) or all(course.diverged for course in courses):
+            return [None] * len(courses)
+        logits = self.logits(filled, own, shared, name)
+        return [None if c.diverged else self._measured(c, logits[k], name) for k, c in enumerate(courses)]
+
+    def _measured(self, course: Course, logits: np.ndarray, name: str) -> dict | None:
+        """The figures of a member's split; None where it has none, or has diverged since its last step."""
+        split, dataset = getattr(course.dataset, name), course.dataset
+        if not len(split):
+            return None
+        if not np.isfinite(logits).all():
+            course.diverged = course.step
+            return None
+        found = metrics.classification(logits, split.labels, dataset.classes, dataset.coarse)
+        return {key: found[key] for key in SHOWN if key in found}
+
+    def logits(self, filled: Sequence[Course], own: State, shared: State, name: str) -> list[np.ndarray]:
+        """Each member's logits [photographs, classes] of its own split."""
+        run, batch, pool = self.programs.logits, self.layout.batch_size, self.pools[name]
+        splits = [getattr(course.dataset, name) for course in filled]
+        if not self.kept:
+            p, config = self.exp.preprocessing, self.exp.config
+            batches = data.eval_batches(
+                pool, batch_size=batch, size=p.size, crop=p.crop, interpolation=p.interpolation,
+                threads=config.data.threads,
+            )  # fmt: skip
+            found = [np.asarray(run(own, shared, seen["image"])) for seen in batches]
+            return list(np.concatenate(found, 1)[:, : len(pool)])
+        places = [pool.places(split) for split in splits]
+        varied = len({split.rows.tobytes() for split in splits}) > 1
+        length = -(-max(map(len, places)) // batch) * batch
+        table = np.stack([np.pad(p, (0, length - len(p))) for p in (places if varied else places[:1])]).astype(np.int32)
+        if name not in self.on_device:
+            self.on_device[name] = jax.device_put(np.asarray(self.features(pool)))
+        features = self.on_device[name]
+        found = [
+            np.asarray(run(own, shared, features, at if varied else at[0], varied=varied))
+            for at in np.split(table, length // batch, 1)
+        ]
+        return [each[: len(p)] for each, p in zip(np.concatenate(found, 1), places)]
+
+
+def pools(datasets: Sequence[Dataset]) -> dict[str, Split]:
+    """{split's name: the photographs that it has in any of several data sets of one source}."""
+    found = {}
+    for name in ("train", "val", "test"):
+        first, *others = dict.fromkeys(getattr(dataset, name) for dataset in datasets)
+        found[name] = first.join(*others) if others else first
+    return found
