@@ -262,6 +262,7 @@ def test_a_step_adds_the_pull_once_however_it_runs(how, monkeypatch):
         assert np.array_equal(a, b), path
 
 
+@pytest.mark.slow
 def test_ewc_in_phases_resumes_exactly_without_its_source(run, place, tmp_path):
     """A stage that is thawed late is held to what was loaded, and a resume needs no photographs."""
     photos = shutil.copytree(place / "photos", tmp_path / "photos")

@@ -229,6 +229,7 @@ def test_phases_train_what_each_says_and_the_rest_stays(tiny, tmp_path, capsys):
     assert lr[12] > lr[8]  # the schedule began anew at step 9
 
 
+@pytest.mark.slow
 def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny, tmp_path):
     fields = {"phases": "lp_ft(head='6 steps', then=partial(last=2))", "ema": 0.5, "checkpoint_every": "3 steps"}
     whole = tmp_path / "whole"

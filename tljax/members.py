@@ -28,8 +28,8 @@ HOW = ("auto", "vmap", "map")
 def choose(how: str, plan: Plan) -> str:
     """How members are put into one step: "vmap" (all at once) or "map" (one after the other, in one program).
 
-    "auto": map where a kernel of 4 dimensions or more trains. Under vmap its convolution gets a batch of kernels, a
-    grouped convolution, which is slower than a loop; matrices become one batched product, and vmap is faster.
+    "auto": map where a kernel of 4 dimensions or more trains, as under vmap its convolution gets a batch of kernels and
+    becomes a grouped one; matrices become one batched product, and "auto" is vmap.
     """
     if how not in HOW:
         raise unknown("way to run members", how, HOW)
