@@ -97,8 +97,7 @@ def check(config: ConfigDict) -> None:
 
 def folder(config: ConfigDict) -> Path:
     """Where features are kept on disk."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(config.cache_folder or Path(home, "tljax", "features"))
+    return Path(config.cache_folder or files.cached("features"))
 
 
 class FeatureCache:
@@ -118,7 +117,7 @@ class FeatureCache:
         own = lambda tree: {stage: tree[stage] for stage in phase.plan.prefix if stage in tree}
         self.variables = layout.place((own(params), own(stats)))
         self.like = exp.features(phase.plan)
-        self.digest = digest(exp, phase, params, stats, layout)
+        self.digest = digest(exp, phase, params, stats, layout) if where == "disk" else ""
         self.kept: dict[tuple[Split, int | None], np.ndarray] = {}
         p = exp.preprocessing
         self.program = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std, stop=self.cut))

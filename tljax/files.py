@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 from tljax.errors import UserError
@@ -39,6 +40,12 @@ def locate(source: str, what: str, install: str = "") -> Path:
     if not path.exists():
         raise UserError(f"{what}: {path} does not exist")
     return path
+
+
+def cached(*parts: str) -> Path:
+    """A place under $XDG_CACHE_HOME/tljax, by default ~/.cache/tljax, where copies lie that can be made again."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "tljax", *parts)
 
 
 def digest(*paths: Path) -> str:

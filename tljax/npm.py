@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from tljax import files
 from tljax.errors import UserError, nearest
 
 _SPEC = re.compile(r"npm:(?P<name>(?:@[\w.-]+/)?\w[\w.-]*)@(?P<version>\w[\w.-]*)/(?P<inside>.+)")
@@ -22,9 +23,8 @@ def locate(source: str, what: str) -> Path:
     found = _SPEC.fullmatch(source)
     if found is None or ".." in Path(found["inside"]).parts:
         raise UserError(f"{what}: {source!r} is not npm:<package>@<version>/<file within the package>")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     package = f"{found['name']}@{found['version']}"
-    folder = Path(home, "tljax", "npm", package.replace("/", "+"))
+    folder = files.cached("npm", package.replace("/", "+"))
     if not folder.is_dir():
         _fetch(package, folder, what)
     path = folder / found["inside"]

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tljax import files
 from tljax.errors import UserError
 
 Tree = Any
@@ -24,8 +25,7 @@ def start() -> None:
         # With fewer threads than fake CPU devices their collectives can wait for each other for ever.
         os.environ.setdefault("PJRT_NPROC", "16")
     if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "tljax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cached("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     join()
 

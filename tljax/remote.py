@@ -29,8 +29,7 @@ def copied(source: str, what: str) -> Path:
     folder, _, name = place.rstrip("/").rpartition("/")
     if not folder or name in ("", ".."):
         raise UserError(f"{what}: {source!r} names no file")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    near = Path(home, "tljax", "files", hashlib.sha256(f"{scheme}://{folder}".encode()).hexdigest()[:16], name)
+    near = files.cached("files", hashlib.sha256(f"{scheme}://{folder}".encode()).hexdigest()[:16], name)
     record = _record(near)
     try:
         stat = far.stat()
