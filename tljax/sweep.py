@@ -90,10 +90,17 @@ class Sweep:
         if self.folder.begun:
             self.folder.claim(self.config)
         done = {row["number"] for row in self.folder.results()}
-        left = [member for member in self.members if member.number not in done]
-        say = self.console.print
         already = f"; {len(done)} are done" if done else ""
-        say(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
+        self.console.print(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
+        self.train([member for member in self.members if member.number not in done])
+        best = self.tables()
+        seconds = text.duration(time.time() - begun)
+        self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
+        return 0
+
+    def train(self, left: list[Member]) -> None:
+        """Trains some members, and leaves their results in the folder."""
+        say = self.console.print
         groups = self.groups(left)
         parts = [self.part(group) for group in groups]
         for i, (group, size) in enumerate(zip(groups, parts), 1):
@@ -108,9 +115,6 @@ class Sweep:
                 self.tables()
                 seconds = text.duration(sum(row["seconds"] for row in rows))
                 say(f"group {i + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
-        best = self.tables()
-        say(f"{best}; {text.duration(time.time() - begun)} in all; everything is in {self.folder.path}")
-        return 0
 
     def axes(self) -> list[str]:
         """Each axis and its number of values."""
