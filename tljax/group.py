@@ -46,8 +46,10 @@ class Group:
         self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
         self.kept = kept
         streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
+        self.how = choose(how, self.phase.plan, bool(kept))
+        one_step = "map" if self.how == "map" else "vmap"  # in sequence it is of one member
         self.programs = Members(
-            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), varied=len(streams) > 1
+            self.exp, self.layout, self.phase, one_step, bool(kept), varied=len(streams) > 1 and self.how != "sequence"
         )
         self.compiled, self.features = None, None
         self.on_device: dict[str, Any] = {}

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         main.__doc__,
         workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
         memory=f"bytes that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
+        how="vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
     )
     quiet_libraries()
     parallel.start()
@@ -171,6 +171,8 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
+        if group.how == "sequence":
+            return 1
         if group.need(count) <= self.limit:
             return count
         fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
@@ -187,11 +189,11 @@ class Sweep:
     def told(self, group: Group, size: int) -> str:
         """A group in one line."""
         count, parts = len(group.members), -(-len(group.members) // size)
-        way = {"vmap": "at once", "map": "one by one"}[group.programs.how]
+        way = {"vmap": "at once", "map": "in turn", "sequence": "one run after another"}[group.how]
         return (
             f"{self.name(group)}: {text.counted(count, 'member')}"
-            + (f" in {parts} parts of {size}" if parts > 1 else "")
-            + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(group.need(size))} of "
+            + (f" in {parts} parts of {size}" if 1 < size < count else "")
+            + f", 1 compiled step ({group.how}: {way}), at most {text.size(group.need(size))} of "
             f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
         )
 
