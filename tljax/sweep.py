@@ -4,6 +4,18 @@ Members that differ in numbers, seeds and subsets of the data alone are one grou
 at once (`tljax.members`). Every other axis makes groups.
 """
 
+from tljax import command
+
+SHARE = 0.8  # of the free memory, that a group may take
+USAGE = {
+    "description": __doc__,
+    "workdir": "the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
+    "memory": f"bytes that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
+    "how": "members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import bisect
 import copy
 import dataclasses
@@ -14,7 +26,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, command, data, experiment, grid, members, memory, parallel
+from tljax import cache, data, experiment, grid, members, memory, parallel
 from tljax import config as configs
 from tljax.errors import UserError, listing, unknown
 from tljax.experiment import Experiment
@@ -25,18 +37,10 @@ from tljax.report import sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.workdir import Workdir
 
-SHARE = 0.8  # of the free memory, that a group may take
-
 
 def main(argv: list[str]) -> int:
     """Trains every combination of a sweep's values, many in one compiled step, and leaves a table of their figures."""
-    flags = command.from_command_line(
-        argv,
-        main.__doc__,
-        workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
-        memory=f"bytes that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     parallel.start()
     if jax.process_count() > 1:
