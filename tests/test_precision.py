@@ -66,7 +66,7 @@ def test_losses_in_bfloat16_are_those_of_float32_but_for_rounding():
         phase, layout = exp.in_time(24)[0], Layout(config.parallel, BATCH, devices=1)
         tx, _ = exp.optimizer(phase, 24)
         params, stats, _ = exp.load()
-        state, found = init_state(phase.plan, tx, params, stats, 0.0), []
+        state, found = jax.jit(init_state, static_argnums=(0, 1, 4))(phase.plan, tx, params, stats, 0.0), []
         step = jax.jit(exp.train_step(phase.plan, tx, layout))
         for _ in range(3):
             state, metrics = step(state, batch)
