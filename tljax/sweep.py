@@ -26,7 +26,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, data, experiment, grid, members, memory, parallel
+from tljax import cache, data, experiment, grid, members, memory, parallel, strategies
 from tljax import config as configs
 from tljax.errors import UserError, listing, unknown
 from tljax.experiment import Experiment
@@ -135,17 +135,36 @@ class Sweep:
     def groups(self, left: list[Member]) -> list[Group]:
         """The groups of the members that are left."""
         found = []
-        for wide in grid.grouped(left, grid.NUMBERS + grid.STREAMS):
+        for wide in self.wide(left):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
             kept, said = _keep(exp, datasets)
-            free = grid.NUMBERS + (grid.STREAMS if kept else ())
+            free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
             if _draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
                 found.append(Group(part, [self.dataset(member) for member in part], self.how, kept))
+        return found
+
+    def wide(self, left: list[Member]) -> list[tuple[Member, ...]]:
+        """Members that one compiled step can train if their photographs allow it.
+
+        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
+        """
+        found = []
+        for alike in grid.grouped(left, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
+            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
+            kinds = {text: text for text in parsed}  # adapters make another model
+            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
+            if len({member.config.strategy for member in plain}) > 1:
+                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
+                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
+            groups: dict[str, list[Member]] = {}
+            for member in alike:
+                groups.setdefault(kinds[member.config.strategy], []).append(member)
+            found += map(tuple, groups.values())
         return found
 
     def part(self, group: Group) -> int:
