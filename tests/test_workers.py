@@ -269,6 +269,9 @@ def test_a_folder_that_is_a_file_is_told(file, tmp_path):
     for flags in ([], ["--launch=local(2)"]):
         with pytest.raises(UserError, match=f"cannot write to {tmp_path / 'file'}"):
             sweep.main([f"--config={file}", f"--workdir={tmp_path / 'file'}", *flags])
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(UserError, match="cannot write to /proc/sweep: No such file or directory"):
+            sweep.main([f"--config={file}", "--workdir=/proc/sweep"])
 
 
 # ---- with training
