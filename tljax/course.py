@@ -8,6 +8,7 @@ import numpy as np
 
 from tljax.data import Dataset
 from tljax.grid import Member
+from tljax.step import Numbers
 
 
 @dataclasses.dataclass
@@ -19,6 +20,7 @@ class Course:
     total: int  # steps
     per_epoch: float
     rates: np.ndarray  # float32 [total]: the learning rate of each step
+    numbers: Numbers  # the others; their lr is the peak
     every: dict[str, int]  # steps from one log, and one eval, to the next
     step: int = 0  # updates done
     diverged: int = 0  # the step whose loss was not finite; 0: none was
@@ -28,7 +30,9 @@ class Course:
 
     def anew(self) -> "Course":
         """The same before its first step."""
-        return Course(self.member, self.dataset, self.total, self.per_epoch, self.rates, self.every)
+        return Course(
+            self.member, self.dataset, self.total, self.per_epoch, self.rates, self.numbers, self.every
+        )  # fmt: skip
 
     @property
     def over(self) -> bool:

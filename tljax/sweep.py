@@ -5,6 +5,22 @@ at once (`tljax.members`). Every other axis makes groups. A group, or a part of 
 same command on the same folder takes the next that nobody has (`tljax.folder`).
 """
 
+from tljax import claims, command
+
+SHARE = 0.8  # of the free memory, that a group may take
+USAGE = {
+    "description": __doc__,
+    "workdir": "the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
+    "memory": f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
+    "how": "vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
+    "launch": "start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
+    "workers": "divide groups for so many workers (default: as many as --launch starts, else 1)",
+    "wait": "for units that others are at: yes (the default; takes over from who dies) or no",
+    "stale": f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import bisect
 import copy
 import dataclasses
@@ -16,7 +32,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, claims, command, data, experiment, grid, members, memory, parallel, workers
+from tljax import cache, data, experiment, grid, members, memory, parallel, strategies, workers
 from tljax import config as configs
 from tljax.claims import Claim
 from tljax.errors import UserError, listing, unknown
@@ -28,22 +44,10 @@ from tljax.patterns import matches
 from tljax.report import sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
-SHARE = 0.8  # of the free memory, that a group may take
-
 
 def main(argv: list[str]) -> int:
     """Trains every combination of a sweep's values, many in one compiled step, and leaves a table of their figures."""
-    flags = command.from_command_line(
-        argv,
-        main.__doc__,
-        workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
-        memory=f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
-        launch="start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
-        workers="divide groups for so many workers (default: as many as --launch starts, else 1)",
-        wait="for units that others are at: yes (the default; takes over from who dies) or no",
-        stale=f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
     count = int(_number("workers", flags.workers or "1", "a number of workers", r"[1-9]\d*"))
     folder = Folder(path, _number("stale", flags.stale or str(claims.STALE), "seconds", r"\d*[1-9]\d*(\.\d*)?"))
@@ -171,17 +175,36 @@ class Sweep:
     def groups(self, members: Sequence[Member]) -> list[Group]:
         """The groups of some members."""
         found = []
-        for wide in grid.grouped(members, grid.NUMBERS + grid.STREAMS):
+        for wide in self.wide(members):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
             kept, said = _keep(exp, datasets)
-            free = grid.NUMBERS + (grid.STREAMS if kept else ())
+            free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
             if _draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
                 found.append(Group(part, [self.dataset(member) for member in part], self.how, kept))
+        return found
+
+    def wide(self, members: Sequence[Member]) -> list[tuple[Member, ...]]:
+        """Members that one compiled step can train if their photographs allow it.
+
+        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
+        """
+        found = []
+        for alike in grid.grouped(members, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
+            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
+            kinds = {text: text for text in parsed}  # adapters make another model
+            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
+            if len({member.config.strategy for member in plain}) > 1:
+                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
+                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
+            groups: dict[str, list[Member]] = {}
+            for member in alike:
+                groups.setdefault(kinds[member.config.strategy], []).append(member)
+            found += map(tuple, groups.values())
         return found
 
     def part(self, group: Group, count: int) -> int:
@@ -192,6 +215,10 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
+        if group.how == "sequence":
+            return 1
+        if group.how == "sequence":
+            return 1
         if group.need(count) <= self.limit:
             return count
         fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
@@ -209,12 +236,12 @@ class Sweep:
         """A group, and the units that it is parted into, in one line."""
         devices, most = len(group.spread.devices), max(len(part.numbers) for part in parts)
         need = text.size(group.need(self.part(group, most)))
-        way = {"vmap": "at once", "map": "one by one"}[group.programs.how]
+        way = {"vmap": "at once", "map": "in turn", "sequence": "one run after another"}[group.how]
         return (
             f"{self.name(group)}: {text.counted(len(group.members), 'member')}"
-            + (f" in {len(parts)} parts of {most}" if len(parts) > 1 else "")
+            + (f" in {len(parts)} parts of {most}" if len(parts) > 1 and most > 1 else "")
             + (f" over {devices} devices" if devices > 1 else "")
-            + f", 1 compiled step ({group.programs.how}: {way}), at most {need} of {text.size(self.limit)}, "
+            + f", 1 compiled step ({group.how}: {way}), at most {need} of {text.size(self.limit)}, "
             f"{max(course.total for course in group.courses):,} steps"
         )
 
