@@ -1,6 +1,7 @@
 """The folder of a sweep: its plan, a folder for each unit of work, what units have left, and the tables."""
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -58,12 +59,13 @@ class Folder(Workdir):
 
     # ---- the plan
 
-    def planned(self, first: int, make: Callable[[], Sequence[Sequence[Unit]]]) -> list[Unit]:
-        """The units of the members from number `first` on: decided once, by the one process that calls `make`.
+    def planned(self, numbers: Sequence[int], make: Callable[[], Sequence[Sequence[Unit]]]) -> list[Unit]:
+        """The units of the members of these numbers: decided once, by the one process that calls `make`.
 
         `make` returns the units of each group. Of a sweep that cannot be planned no folder is left.
         """
-        place = self.path / "plans" / f"{first:05d}"
+        digest = hashlib.sha256(json.dumps(list(numbers)).encode()).hexdigest()[:8]
+        place = self.path / "plans" / f"{numbers[0]:05d}-{digest}"
 
         def made() -> str:
             groups = [{"kept": units[0].kept, "units": [unit.numbers for unit in units]} for units in make()]
