@@ -217,8 +217,6 @@ class Sweep:
             )
         if group.how == "sequence":
             return 1
-        if group.how == "sequence":
-            return 1
         if group.need(count) <= self.limit:
             return count
         fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
