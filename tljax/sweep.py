@@ -113,8 +113,8 @@ class Sweep:
 
     def train(self, found: Sequence[Member]) -> None:
         """Trains some members with whoever else works in the folder, and leaves their results there."""
-        units = self.folder.planned(found[0].number, lambda: self.plan(found))
         known = {member.number: member for member in found}
+        units = self.folder.planned(list(known), lambda: self.plan(found))
         share(self.folder, units, lambda *held: self.unit(*held, units, known), self.console.print, self.wait)
         self.built, self.mine = {}, -1
 
@@ -215,8 +215,6 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
-        if group.how == "sequence":
-            return 1
         if group.how == "sequence":
             return 1
         if group.need(count) <= self.limit:
