@@ -169,6 +169,17 @@ def test_folds_and_sizes_of_the_training_set_are_their_solo_runs(base, sweeps, s
     check(found, made, solo, (7,))
 
 
+def test_dense_kernels_train_in_sequence_on_a_cpu(base, sweeps, solo, caplog):
+    """One compiled step of one member, whatever the seed: each sees its own stream."""
+    made = base({"seed": (0, 3), "optim.lr": (0.003, 0.03)}, strategy="partial(last=2)", train_for="4 steps")
+    (group,) = sweep.Sweep(made, None, Console(enabled=False), "auto", 10**9).groups(list(grid.members(made)))
+    assert group.how == "sequence"
+    with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
+        found = sweeps(made)
+    assert compiled(caplog) == 1
+    check(found, made, solo, (3,))
+
+
 @pytest.mark.parametrize("how", ["vmap", "map"])
 def test_without_a_cache_members_share_one_stream(base, sweeps, solo, how):
     fields = {"cache_views": 0, "strategy": "frozen()" if how == "vmap" else "partial(last=1)"}
@@ -212,7 +223,7 @@ def test_a_group_is_compiled_once_whatever_its_parts(base, sweeps, caplog):
         assert [len(found.members) for found in planned] == [5, 5]
         caplog.clear()
         limit = planned[0].need(2)
-        assert sweep.Sweep(made, None, Console(enabled=False), "auto", limit).part(planned[0]) == 2
+        assert sweep.Sweep(made, None, Console(enabled=False), "auto", limit).part(planned[0], 5) == 2
         parts = sweeps(made, limit=limit, name="parts")
         assert compiled(caplog) == 2
     assert sorted(whole) == sorted(parts) == list(range(10))
@@ -225,21 +236,22 @@ def test_a_killed_sweep_goes_on_at_the_first_group_that_has_not_ended(base, swee
     axes = {"norm_stats": ("plan", "frozen"), "optim.lr": (0.003, 0.03), "seed": (0, 1)}
     made = base(axes, strategy="frozen()", train_for="4 steps")
     whole = sweeps(made, name="whole")
-    write, counts = Workdir.write, []
+    keep, counts = sweep.Folder.keep, []
 
-    def killed(self, name, text):
-        if name.startswith("group-") and len(list(self.path.glob("group-*"))) == 1 and not counts:
-            counts.append(name)
+    def killed(self, unit, rows):
+        if len(self.finished()) == 1 and not counts:
+            counts.append(unit)
             raise KeyboardInterrupt
-        write(self, name, text)
+        return keep(self, unit, rows)
 
-    monkeypatch.setattr(Workdir, "write", killed)
+    monkeypatch.setattr(sweep.Folder, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         sweeps(made, name="cut")
     file = tmp_path / "cut" / "sweep.csv"
     assert len(list(csv.DictReader(file.open()))) == 4
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("group-*")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("units/*/result.json")}
     cut = sweeps(made, name="cut")
+    assert len(kept) == 1
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     assert {n: row[1] for n, row in cut.items()} == {n: row[1] for n, row in whole.items()}
     rows = list(csv.DictReader(file.open()))
