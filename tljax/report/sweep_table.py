@@ -27,12 +27,15 @@ def get_config():
 
 def flat(row: dict) -> dict:
     """A row of a group as a row of the tables: one value a column, no curve."""
-    fields = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in row["fields"].items()}
+    fields = row["fields"] | {k: v for k, v in row.get("config", {}).items() if k not in row["fields"]}
+    fields = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in fields.items()}
     best = row["best"] or {}
     figures = {f"{split}/{k}": v for split in ("val", "test") for k, v in (row[split] or {}).items()}
     return (
-        {"member": row["number"]} | fields | {name: row[name] for name in ("status", "steps", "epochs")}
-        | {f"best_{name}": best.get(name) for name in ("step", "epoch")} | figures | {"seconds": row["seconds"]}
+        {"member": row["number"]} | fields | {f"n_{name}": row.get(f"n_{name}") for name in ("train", "val", "test")}
+        | {name: row[name] for name in ("status", "steps", "epochs")}
+        | {f"best_{name}": best.get(name) for name in ("step", "epoch")} | figures
+        | {name: row.get(name) for name in ("seconds", "group", "how", "kept")}
     )  # fmt: skip
 
 
