@@ -21,7 +21,7 @@ from tljax.experiment import Experiment
 from tljax.grid import Member
 from tljax.group import Group, pools
 from tljax.patterns import matches
-from tljax.report import sweep_table, text
+from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.workdir import Workdir
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 class Folder(Workdir):
-    """`config.json` with its axes, `group-*.json`, `sweep.csv`, `sweep.parquet`, `curves.jsonl` and `best.py`."""
+    """`config.json` with its axes, `group-*.json`, `sweep.csv`, `sweep.parquet`, `curves.jsonl`, `best.py`, a page."""
 
     def config(self) -> ConfigDict:
         """The config of the sweep."""
@@ -80,6 +80,7 @@ class Sweep:
 
     def __init__(self, config: ConfigDict, folder: Folder, console: Console, how: str, limit: int):
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
+        self.page = sweep_page.Page(folder, config)
         self.members = grid.members(config)
         for member in self.members:
             _check(member.config)
@@ -93,7 +94,7 @@ class Sweep:
         already = f"; {len(done)} are done" if done else ""
         self.console.print(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
         self.train([member for member in self.members if member.number not in done])
-        best = self.tables()
+        best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
         self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
         return 0
@@ -178,12 +179,14 @@ class Sweep:
 
     # ---- the end
 
-    def tables(self) -> str:
-        """Writes the tables of what there is so far, and the best config. Returns a line about it."""
+    def tables(self, last: bool = False) -> str:
+        """Writes the tables of what there is so far, the best config and the page. Returns a line about the best."""
         rows = self.folder.results()
         sweep_table.write(self.folder, rows)
         configs_of = {member.number: member.config for member in self.members}
-        return sweep_table.best(self.folder, rows, configs_of)
+        best = sweep_table.best(self.folder, rows, configs_of)
+        self.page.write(rows, len(self.members), last)
+        return best
 
 
 def _check(config: ConfigDict) -> None:

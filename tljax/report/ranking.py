@@ -85,18 +85,18 @@ def interval(scores: Mapping[tuple, float], level: float = 0.95) -> tuple[float,
 
     Where training sets overlap the variance is corrected as in `paired`.
     """
-    from scipy import stats
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     values, shared = independent(scores)
     n = len(values)
     if n < FEW:
         return (float(values.mean()) if n else math.nan), math.nan
-    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) * math.sqrt(1 / n + shared)
+    half = stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) * math.sqrt(1 / n + shared)
     return float(values.mean()), float(half)
 
 
 class Paired(NamedTuple):
-    """A paired comparison: pairs, mean difference, two-sided p (None: too few pairs), whether its variance is corrected."""
+    """A paired comparison: pairs, mean difference, two-sided p (None: too few pairs), if its variance is corrected."""
 
     n: int
     difference: float
@@ -110,7 +110,7 @@ def paired(one: Mapping[tuple, float], other: Mapping[tuple, float]) -> Paired:
     Training sets of a cross-validation overlap, and its figures are not independent: the variance of the mean is
     (1/n + n_val/n_train) s² instead of s²/n (Nadeau & Bengio 2003, "Inference for the generalization error").
     """
-    from scipy import stats
+    from scipy.special import stdtr
 
     differences, shared = independent({key: one[key] - other[key] for key in one if key in other})
     n, mean = len(differences), float(differences.mean()) if len(differences) else math.nan
@@ -119,7 +119,7 @@ def paired(one: Mapping[tuple, float], other: Mapping[tuple, float]) -> Paired:
     error = differences.std(ddof=1) * math.sqrt(1 / n + shared)
     if not error:
         return Paired(n, mean, 0.0 if mean else 1.0, bool(shared))
-    return Paired(n, mean, float(2 * stats.t.sf(abs(mean) / error, n - 1)), bool(shared))
+    return Paired(n, mean, float(2 * stdtr(n - 1, -abs(mean) / error)), bool(shared))
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:

@@ -81,7 +81,7 @@ def near(values: list[float], metric: Metric) -> tuple[float, float]:
 def heat_map(view: View, x: str, y: str, path, vector: bool = False):
     """Draws the means over two axes, with their numbers, on val and on test; returns the Figure.
 
-    In each cell the best on val of the settings that differ in further axes. Grey: none has ended, or, with a cross, one
+    In each cell the best on val of the settings that differ in further axes. Grey: none has ended; with a cross: one
     of them has diverged.
     """
     xs, ys, panels = view.axes[x], view.axes[y], panels_of(view)
@@ -95,12 +95,7 @@ def heat_map(view: View, x: str, y: str, path, vector: bool = False):
     with _figure(len(panels) * wide + 0.085 * max(map(len, names)) + 1.4, high + 1.5) as drawing:
         axes = drawing.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for ax, metric in zip(axes, panels):
-            value = lambda s: ranking.value(s, metric) if s else math.nan
-            grid = np.array([[value(cells[i, j]) for j in range(len(xs))] for i in range(len(ys))])
-            failed = np.array(
-                [[bool(cells[i, j] and cells[i, j].failed) for j in range(len(xs))] for i in range(len(ys))]
-            )
-            _cells(ax, grid, metric, failed)
+            _cells(ax, cells, metric)
             ax.set_xticks(range(len(xs)), view.written(x).values(), rotation=45 if len(xs) > 5 else 0, fontsize=8.5,
                           ha="right" if len(xs) > 5 else "center", rotation_mode="anchor" if len(xs) > 5 else None,
                           parse_math=False)  # fmt: skip

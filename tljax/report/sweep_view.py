@@ -20,6 +20,7 @@ NAMES = {
 }  # fmt: skip
 SHORT = {"optim.lr": "lr", "optim.weight_decay": "decay", "label_smoothing": "smoothing", "data.limit": "a class:"}
 MOST_LINES = 8  # values of an axis of numbers that can be lines
+CELLS = 16  # values of an axis that a heat map has room for
 FIRST = ("strategy", "weights", "model")  # of the fields with texts: what makes lines before all others
 
 
@@ -95,10 +96,10 @@ class View:
 
     def pairs(self) -> list[tuple[str, str]]:
         """The (x, y) of the heat map: the two axes, of several, over which the figure on val varies most."""
-        if len(self.axes) < 2:
+        axes, spread = {name: values for name, values in self.axes.items() if len(values) <= CELLS}, {}
+        if len(axes) < 2:
             return []
-        spread = {}
-        for name, values in self.axes.items():
+        for name, values in axes.items():
             found = [self.best(s for s in self.settings if s.fields.get(name) == v) for v in values]
             found = [ranking.value(s, self.metric) for s in found if s]
             found = [v for v in found if math.isfinite(v)]
