@@ -51,16 +51,15 @@ def names(axis: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in axis.split(","))
 
 
-def telling(sweep: ConfigDict) -> dict[str, int]:
-    """{what tells a sweep's members apart: its number of values}: the labels of an axis that has some, else its fields.
+def telling(axis: str) -> tuple[str, ...]:
+    """The names by which an axis' values are told apart: its labels, without their `#`, else its fields."""
+    labels = tuple(name[1:] for name in names(axis) if name.startswith("#"))
+    return labels or names(axis)
 
-    Labels stand without their `#`, as in the fields of a member.
-    """
-    found = {}
-    for axis, values in configs.flatten(sweep).items():
-        labels = [name[1:] for name in names(axis) if name.startswith("#")]
-        found |= dict.fromkeys(labels or names(axis), len(values))
-    return found
+
+def told(sweep: ConfigDict) -> list[str]:
+    """Each axis with its number of values: `8 × optim.lr`."""
+    return [f"{len(values)} × {' & '.join(telling(axis))}" for axis, values in configs.flatten(sweep).items()]
 
 
 def members(config: ConfigDict) -> tuple[Member, ...]:

@@ -119,7 +119,7 @@ class Sweep:
 
     def axes(self) -> list[str]:
         """Each axis and its number of values."""
-        return [f"{count} × {name}" for name, count in grid.telling(self.config.sweep).items()]
+        return grid.told(self.config.sweep)
 
     @functools.cached_property
     def dataset(self):
@@ -163,7 +163,8 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        several = [name for name, count in grid.telling(self.config.sweep).items() if count > 1]
+        axes = configs.flatten(self.config.sweep).items()
+        several = [name for axis, values in axes if len(values) > 1 for name in grid.telling(axis)]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, size: int) -> str:

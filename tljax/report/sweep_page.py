@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from tljax import grid
 from tljax.config import flatten
 from tljax.grid import NUMBERS, REPEATS, STREAMS, names
 from tljax.report import ranking, sweep_curves, sweep_pictures, text
@@ -75,7 +76,7 @@ class Page:
 
 def parts(view: View, planned: int, drawn: list[str], path) -> list[str]:
     """The parts of the page, `drawn` among them."""
-    axes = ", ".join(f"{len(values)} × {axis}" for axis, values in flatten(view.config.sweep).items())
+    axes = ", ".join(grid.told(view.config.sweep))
     left = planned - len(view.rows)
     state = f"{len(view.rows):,} of {text.counted(planned, 'member')} have ended"
     state += ", the others are to come" if left > 0 else ""
@@ -220,7 +221,9 @@ def _axes(view: View) -> str:
             kind = "numbers: in one step"
         elif all(field in NUMBERS + STREAMS for field in fields):
             kind = "seeds and subsets: in one step on kept features"
-        written = ", ".join(str(value[0]) if axis.startswith("#") else str(value) for value in values)
+        labels = [i for i, name in enumerate(names(axis)) if name.startswith("#")]
+        short = lambda value, labels=labels: " ".join(str(value[i]) for i in labels) if labels else str(value)
+        written = ", ".join(map(short, values))
         rows.append([_e(axis.replace("#", "")), str(len(values)), _e(written), _e(kind)])
     return _section("Axes", _columns(["axis", "values", "", ""], rows, (0, 2, 3)))
 
