@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax import cache, data, experiment, fisher, memory
+from tljax import cache, data, experiment, fisher, memory, strategies
 from tljax import config as configs
 from tljax.course import Course, fetched, row
 from tljax.data import Dataset, Split
@@ -19,14 +19,17 @@ from tljax.grid import Member
 from tljax.members import Members, choose
 from tljax.parallel import Layout
 from tljax.report import metrics
-from tljax.step import Numbers, State, numbers_of
+from tljax.step import State, numbers_of
 
 Tree = Any
 SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
 
 
 class Group:
-    """Members, with the data set of each, that differ in `grid.NUMBERS` and, on kept features, in `grid.STREAMS`."""
+    """Members, with the data set of each, that one compiled step trains.
+
+    They differ in `grid.NUMBERS`, in strategies whose plans are of one kind and, on kept features, in `grid.STREAMS`.
+    """
 
     def __init__(self, members: Sequence[Member], datasets: Sequence[Dataset], how: str = "auto", kept: str = ""):
         self.members, self.datasets = tuple(members), tuple(datasets)
@@ -35,13 +38,18 @@ class Group:
         one = configs.ConfigDict({"mode": "jit", "fsdp": 1})
         self.layout = Layout(one, config.batch_size, config.optim.accumulate, devices=1)
         self.exp = experiment.build(config, self.datasets[0].classes, self.layout)
+        rates = {self._drop_rate(member.config) for member in members}
+        self.drops = len(rates) > 1  # else the model's own will do
+        self.plan_of = functools.cache(lambda strategy: self.exp.plan_of(strategies.parse(strategy)))
         self.courses = [self._course(m, d) for m, d in zip(self.members, self.datasets)]
         longest = max(self.courses, key=lambda course: course.total)
         self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
         self.kept = kept
         streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
+        self.how = choose(how, self.phase.plan, bool(kept))
+        one_step = "map" if self.how == "map" else "vmap"  # in sequence it is of one member
         self.programs = Members(
-            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), varied=len(streams) > 1
+            self.exp, self.layout, self.phase, one_step, bool(kept), varied=len(streams) > 1 and self.how != "sequence"
         )
         self.compiled, self.features = None, None
         self.on_device: dict[str, Any] = {}
@@ -60,7 +68,13 @@ class Group:
             name: max(1, configs.duration(config[f"{name}_every"], per_epoch, f"{name}_every"))
             for name in ("log", "eval")
         }
-        return Course(member, dataset, total, per_epoch, np.broadcast_to(rates, total), every)
+        multipliers = np.array([leaf.multiplier for leaf in self.plan_of(config.strategy).trainable], np.float32)
+        drop_rate = np.float32(self._drop_rate(config)) if self.drops else None
+        numbers = numbers_of(config)._replace(multipliers=multipliers, drop_rate=drop_rate)
+        return Course(member, dataset, total, per_epoch, np.broadcast_to(rates, total), numbers, every)
+
+    def _drop_rate(self, config: configs.ConfigDict) -> float:
+        return dataclasses.replace(self.exp, config=config).plain_model(self.exp.model.num_classes).drop_rate
 
     # ---- what it needs
 
@@ -70,7 +84,7 @@ class Group:
         shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
         batch, size = self.layout.batch_size, self.exp.preprocessing.size
         flags = shaped(np.bool_, count)
-        numbers = Numbers(*(shaped(np.float32, count),) * 3, shaped(np.uint32, count))
+        numbers = jax.tree.map(lambda x: shaped(x.dtype, count, *x.shape), self.courses[0].numbers)
         if self.kept:
             like = self.exp.features(self.phase.plan)
             pool = len(self.pools["train"])
@@ -128,7 +142,7 @@ class Group:
         rates = np.zeros((total, len(filled)), np.float32)
         for k, course in enumerate(courses):
             rates[: course.total, k] = course.rates
-        numbers = Numbers(*map(np.stack, zip(*(numbers_of(course.member.config) for course in filled))))
+        numbers = jax.tree.map(lambda *each: np.stack(each), *(course.numbers for course in filled))
         alive, go = np.ones(len(filled), bool), np.zeros(len(filled), bool)
         best, done, pending = own, [], []
         if self.exp.config.select == "best":

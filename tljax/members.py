@@ -5,6 +5,7 @@ average. Frozen leaves, stored statistics and the anchor of a regulariser are sh
 once for all members where they see the same batch.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,48 +17,33 @@ from tljax.errors import UserError, unknown
 from tljax.parallel import Layout
 from tljax.phases import Phase
 from tljax.plan import Plan
-from tljax.step import Numbers, State, evaluated, init_state, make_predict_step
+from tljax.step import Numbers, State, evaluated, init_state, make_predict_step, part, whole
 
 if TYPE_CHECKING:
     from tljax.experiment import Experiment
 
 Tree = Any
-HOW = ("auto", "vmap", "map")
+HOW = ("auto", "vmap", "map", "sequence")
 
 
-def choose(how: str, plan: Plan) -> str:
-    """How members are put into one step: "vmap" (all at once) or "map" (one after the other, in one program).
+def choose(how: str, plan: Plan, kept: bool) -> str:
+    """How members train: "vmap" (one batched step), "map" (in turn in one step), "sequence" (one run after another).
 
-    "auto": map where a kernel of 4 dimensions or more trains, as under vmap its convolution gets a batch of kernels and
-    becomes a grouped one; matrices become one batched product, and "auto" is vmap.
+    Under vmap a convolution whose kernel is a member's own becomes one of many groups, and is slower than one member's
+    at a time; matrices, pointwise and depthwise kernels are not. So "auto" is vmap where only these train. Else it is
+    map, but on CPUs, where XLA runs convolutions within loops without its fast kernels: there it is sequence, as long
+    as no frozen forward is computed once for all (`kept` says that its features are there).
     """
     if how not in HOW:
         raise unknown("way to run members", how, HOW)
     if how != "auto":
         return how
-    return "map" if any(len(leaf.shape) >= 4 for leaf in plan.trainable) else "vmap"
-
-
-def part(state: State, plan: Plan) -> tuple[State, State]:
-    """Parts a state into (a member's own, what all share); absent leaves are None, and so is the step."""
-    trainable, frozen = plan.split(state.params)
-    moving, still = plan.split_stats(state.stats)
-    average = state.average
-    if average is not None:  # whose still statistics are those of the state
-        average = {"params": average["params"], "stats": plan.split_stats(average["stats"])[0]}
-    return (
-        State(None, trainable, moving, state.optimizer, average),
-        State(None, frozen, still, None, None, state.anchor),
-    )
-
-
-def whole(own: State, shared: State, plan: Plan, step=None) -> State:
-    """The inverse of `part`, at a step."""
-    average = own.average
-    if average is not None:
-        average = average | {"stats": plan.merge(average["stats"], shared.stats)}
-    params, stats = plan.merge(own.params, shared.params), plan.merge(own.stats, shared.stats)
-    return State(step, params, stats, own.optimizer, average, shared.anchor)
+    dense = lambda shape: len(shape) >= 4 and math.prod(shape[:-2]) > 1 and shape[-2] > 1
+    if not any(dense(leaf.shape) for leaf in plan.trainable):
+        return "vmap"
+    if jax.default_backend() != "cpu":
+        return "map"
+    return "sequence" if kept or not plan.prefix else "vmap"
 
 
 class Members:
@@ -106,13 +92,13 @@ class Members:
         merge = self.plan.merge
         params, stats = merge(trainable, shared.params), merge(moving, shared.stats)
         state = init_state(self.plan, self._optimizer(), params, stats, self.exp.config.ema)
-        return part(state, self.plan)[0]
+        return part(state, self.plan)[0]._replace(step=None)
 
     def shapes(self, count: int) -> tuple[State, State]:
         """The shapes of `begin`'s (own, shared) for so many members."""
         params, stats = self.exp.shapes["params"], self.exp.shapes["batch_stats"]
         shaped = self.exp.state_shapes(self.plan, self._optimizer())
-        own, shared = part(shaped._replace(params=params, stats=stats), self.plan)
+        own, shared = part(shaped._replace(step=None, params=params, stats=stats), self.plan)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), own), shared
 
     def variables(self, own: State, shared: State, member: int) -> tuple[Tree, Tree]:
@@ -123,7 +109,9 @@ class Members:
     def _optimizer(self, numbers: Numbers | None = None):
         """The optimizer at one step: `numbers.lr` is the schedule's value there, not its peak."""
         rate, decay = (numbers.lr, numbers.weight_decay) if numbers else (0.0, None)
-        return optim.optimizer(self.plan, self.exp.config.optim, lambda _: rate, self.phase.births, decay)
+        multipliers = numbers.multipliers if numbers else np.ones(len(self.plan.trainable), np.float32)
+        config = self.exp.config.optim
+        return optim.optimizer(self.plan, config, lambda _: rate, self.phase.births, decay, multipliers)
 
     # ---- programs
 
@@ -160,9 +148,17 @@ class Members:
                 seen, numbers = batch, numbers._replace(seed=seed)
             tx = self._optimizer(numbers)
             update = self.exp.train_step(plan, tx, self.layout, numbers, start=start, mix_at=mix_at)
-            state, metrics = update(whole(own, shared, plan, step), seen)
+
+            def updated(own):
+                state, metrics = update(whole(own._replace(step=step), shared, plan), seen)
+                return part(state, plan)[0]._replace(step=None), metrics
+
+            if self.how == "map":  # who is over takes no time
+                nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(updated, own)[1])
+                new, metrics = jax.lax.cond(alive & go, updated, lambda own: (own, nothing), own)
+            else:
+                new, metrics = updated(own)
             alive = alive & (jnp.isfinite(metrics["loss"]) | ~go)
-            new = part(state, plan)[0]
             return jax.tree.map(lambda a, b: jnp.where(alive & go, a, b), new, own), alive, metrics
 
         if self.varied:

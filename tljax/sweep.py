@@ -14,7 +14,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, command, data, experiment, grid, members, memory, parallel
+from tljax import cache, command, data, experiment, grid, members, memory, parallel, strategies
 from tljax import config as configs
 from tljax.errors import UserError, listing, unknown
 from tljax.experiment import Experiment
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         main.__doc__,
         workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
         memory=f"bytes that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
+        how="vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
     )
     quiet_libraries()
     parallel.start()
@@ -132,17 +132,36 @@ class Sweep:
     def groups(self, left: list[Member]) -> list[Group]:
         """The groups of the members that are left."""
         found = []
-        for wide in grid.grouped(left, grid.NUMBERS + grid.STREAMS):
+        for wide in self.wide(left):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
             kept, said = _keep(exp, datasets)
-            free = grid.NUMBERS + (grid.STREAMS if kept else ())
+            free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
             if _draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
                 found.append(Group(part, [self.dataset(member) for member in part], self.how, kept))
+        return found
+
+    def wide(self, left: list[Member]) -> list[tuple[Member, ...]]:
+        """Members that one compiled step can train if their photographs allow it.
+
+        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
+        """
+        found = []
+        for alike in grid.grouped(left, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
+            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
+            kinds = {text: text for text in parsed}  # adapters make another model
+            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
+            if len({member.config.strategy for member in plain}) > 1:
+                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
+                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
+            groups: dict[str, list[Member]] = {}
+            for member in alike:
+                groups.setdefault(kinds[member.config.strategy], []).append(member)
+            found += map(tuple, groups.values())
         return found
 
     def part(self, group: Group) -> int:
@@ -153,6 +172,8 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
+        if group.how == "sequence":
+            return 1
         if group.need(count) <= self.limit:
             return count
         fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
@@ -170,11 +191,11 @@ class Sweep:
     def told(self, group: Group, size: int) -> str:
         """A group in one line."""
         count, parts = len(group.members), -(-len(group.members) // size)
-        way = {"vmap": "at once", "map": "one by one"}[group.programs.how]
+        way = {"vmap": "at once", "map": "in turn", "sequence": "one run after another"}[group.how]
         return (
             f"{self.name(group)}: {text.counted(count, 'member')}"
-            + (f" in {parts} parts of {size}" if parts > 1 else "")
-            + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(group.need(size))} of "
+            + (f" in {parts} parts of {size}" if 1 < size < count else "")
+            + f", 1 compiled step ({group.how}: {way}), at most {text.size(group.need(size))} of "
             f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
         )
 
