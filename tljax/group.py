@@ -128,7 +128,7 @@ class Group:
             row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
             for k, course in enumerate(courses)
         ]
-        ways = {"group": self.members[0].number, "how": self.programs.how, "kept": self.kept}
+        ways = {"group": self.members[0].number, "how": self.how, "kept": self.kept}
         return [told | {"seconds": round(seconds, 3)} | ways for told in rows], own, shared
 
     def _loaded(self, courses: Sequence[Course], seed: int) -> tuple[Tree, Tree]:

@@ -110,7 +110,7 @@ def _finish(ax, metric: Metric, settings: list[Setting]) -> None:
 
 
 def _ticks(ax, x: str, at: list[float]) -> None:
-    """A logarithmic abscissa for rates and where values span a decade; the values themselves are ticks where there is room."""
+    """A logarithmic abscissa for rates and wide spans; the values themselves are ticks where there is room."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
     if not at:
