@@ -35,6 +35,12 @@ class Course:
     since_best: int = 0
     evaluations: dict[int, dict] = dataclasses.field(default_factory=dict)
 
+    def anew(self) -> "Course":
+        """The same before its first step."""
+        return Course(
+            self.member, self.dataset, self.total, self.per_epoch, self.rates, self.numbers, self.every
+        )  # fmt: skip
+
     @property
     def over(self) -> bool:
         """Whether it trains no more."""
