@@ -53,6 +53,12 @@ def file(made, tmp_path):
     return file
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pictures take seconds a sweep; workers that are processes of their own draw them."""
+    monkeypatch.setattr(sweep.sweep_page.Page, "write", lambda *_, **__: None)
+
+
 class Said:
     """A console that remembers."""
 

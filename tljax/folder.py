@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 
 
 class Folder(Workdir):
-    """`config.json` with its axes, `plans/`, `units/`, `sweep.csv`, `sweep.parquet`, `curves.jsonl` and `best.py`.
+    """`config.json` with its axes, `plans/`, `units/`, `sweep.csv`, `sweep.parquet`, `curves.jsonl`, `best.py`, a page.
 
     A worker without a heartbeat for `stale` seconds counts as dead.
     """

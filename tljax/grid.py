@@ -23,7 +23,7 @@ class Member(NamedTuple):
     """One run of a sweep: its number in the grid, its place on each axis, and its whole config."""
 
     number: int
-    fields: dict[str, Any]  # {axis: value}
+    fields: dict[str, Any]  # {field or label of an axis: value}
     config: ConfigDict
 
     def key(self, free: Iterable[str]) -> str:
@@ -34,6 +34,8 @@ class Member(NamedTuple):
 def axes(values: Mapping[str, Sequence]) -> ConfigDict:
     """`config.sweep` from {dotted field: values}, as `axes({"optim.lr": (1e-3, 1e-2), "seed": range(3)})`.
 
+    An axis over several fields at once names them all, and its values are tuples: `{"strategy, optim.lr": (("frozen()",
+    0.01), ("full()", 1e-3))}`. A name that begins with `#` is no field: it labels the axis' values for those who read.
     It is nested as the config is, so that `--config.sweep.optim.lr="(1e-3,)"` changes it.
     """
     nested: dict = {}
@@ -44,6 +46,22 @@ def axes(values: Mapping[str, Sequence]) -> ConfigDict:
             place = place.setdefault(group, {})
         place[name] = tuple(given) if isinstance(given, range | list) else given
     return ConfigDict(nested)
+
+
+def names(axis: str) -> tuple[str, ...]:
+    """The fields that an axis sets at once, and its labels: `("#recipe", "strategy", "optim.lr")`; mostly one field."""
+    return tuple(name.strip() for name in axis.split(","))
+
+
+def telling(axis: str) -> tuple[str, ...]:
+    """The names by which an axis' values are told apart: its labels, without their `#`, else its fields."""
+    labels = tuple(name[1:] for name in names(axis) if name.startswith("#"))
+    return labels or names(axis)
+
+
+def told(sweep: ConfigDict) -> list[str]:
+    """Each axis with its number of values: `8 × optim.lr`."""
+    return [f"{len(values)} × {' & '.join(telling(axis))}" for axis, values in configs.flatten(sweep).items()]
 
 
 def members(config: ConfigDict) -> tuple[Member, ...]:
@@ -59,20 +77,42 @@ def members(config: ConfigDict) -> tuple[Member, ...]:
     known, found = configs.flatten(base), configs.flatten(given)
     if not found:
         raise UserError("config.sweep is empty: give it an axis, as axes({'optim.lr': (1e-3, 1e-2)})")
-    for field, values in found.items():
-        if field not in known:
-            raise unknown("axis", field, known)
-        if not isinstance(values, tuple | list) or not values:
-            raise UserError(f"axis {field} = {values!r}: expected a tuple of values, as ({known[field]!r},)")
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        if twice:
-            raise UserError(f"axis {field} has {twice[0]!r} twice")
+    for axis, values in found.items():
+        _check(axis, values, known)
+    several = [name.removeprefix("#") for axis in found for name in names(axis)]
+    for name in several:
+        if several.count(name) > 1:
+            raise UserError(f"config.sweep has two axes over {name}")
     combinations = itertools.product(*found.values())
     return tuple(_member(i, base, dict(zip(found, values))) for i, values in enumerate(combinations))
 
 
-def _member(number: int, base: ConfigDict, fields: dict[str, Any]) -> Member:
-    whole = base.to_dict()
+def _check(axis: str, values: Any, known: dict[str, Any]) -> None:
+    fields = names(axis)
+    for field in fields:
+        if field not in known and not field.startswith("#"):
+            raise unknown("axis", field, known)
+        if field.startswith("#") and (field[1:] in known or field == "#"):
+            raise UserError(f"axis {axis}: the label {field!r} needs a name that is no field's")
+    if all(field.startswith("#") for field in fields):
+        raise UserError(f"axis {axis} has labels alone: name the fields that it sets")
+    if not isinstance(values, tuple | list) or not values:
+        like = tuple(known.get(field, "label") for field in fields)
+        like = like if len(like) < 2 else (like,)
+        raise UserError(f"axis {axis} = {values!r}: expected a tuple of values, as {like!r}")
+    for value in values if len(fields) > 1 else ():
+        if not isinstance(value, tuple | list) or len(value) != len(fields):
+            raise UserError(f"axis {axis}: {value!r} is no tuple of {len(fields)} values")
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise UserError(f"axis {axis} has {twice[0]!r} twice")
+
+
+def _member(number: int, base: ConfigDict, point: dict[str, Any]) -> Member:
+    whole, fields = base.to_dict(), {}
+    for axis, value in point.items():
+        fields |= dict(zip(names(axis), value)) if "," in axis else {axis: value}
+    labels = {name[1:]: fields.pop(name) for name in list(fields) if name.startswith("#")}
     for field, value in fields.items():
         *groups, name = field.split(".")
         place = whole
@@ -86,7 +126,7 @@ def _member(number: int, base: ConfigDict, fields: dict[str, Any]) -> Member:
         configs.check(config)
     except UserError as error:
         raise UserError(f"config.sweep: {error}") from None
-    return Member(number, fields, config)
+    return Member(number, labels | fields, config)
 
 
 def grouped(found: Iterable[Member], free: Iterable[str]) -> list[tuple[Member, ...]]:

@@ -105,8 +105,10 @@ class Group:
     def train(self, courses: Sequence[Course], size: int, say: Callable = print):
         """Trains some members, filled up to `size`, and to a multiple of the devices. Returns (rows, own, shared).
 
-        A row is {"number", "fields", "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and
-        "test": figures or None, "seconds": its share, "curve": rows as those of metrics.jsonl}.
+        A row is {"number", "fields", "config": {field: value} of what readers ask for, "n_train" and others: numbers of
+        photographs, "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and "test": figures
+        or None, "seconds": its share, "group": the group's first member, "how", "kept", "curve": rows as those of
+        metrics.jsonl}.
         """
         begun = time.time()
         size = self.spread.each(size) * len(self.spread.devices)
@@ -128,7 +130,8 @@ class Group:
             row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
             for k, course in enumerate(courses)
         ]
-        return [told | {"seconds": round(seconds, 3)} for told in rows], own, shared
+        ways = {"group": self.members[0].number, "how": self.how, "kept": self.kept}
+        return [told | {"seconds": round(seconds, 3)} | ways for told in rows], own, shared
 
     def _all(self) -> Layout:
         """Over all devices of the members, each of which takes its part of a batch of photographs."""

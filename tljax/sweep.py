@@ -41,7 +41,7 @@ from tljax.folder import Folder, Unit, share
 from tljax.grid import Member
 from tljax.group import Group, pools
 from tljax.patterns import matches
-from tljax.report import sweep_table, text
+from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
 
@@ -87,6 +87,7 @@ class Sweep:
     ):  # fmt: skip
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
         self.workers, self.wait = workers, wait
+        self.page = sweep_page.Page(folder, config)
         self.members = grid.members(config)
         self.built: dict[int, Group] = {}  # of the plan
         self.mine = -1  # the group whose step is compiled
@@ -102,7 +103,7 @@ class Sweep:
         already = f"; {len(done)} are done" if done else ""
         self.console.print(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
         self.train(self.members)
-        best = self.tables()
+        best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
         missing = len(self.members) - len(self.folder.results())
         others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
@@ -148,7 +149,7 @@ class Sweep:
 
     def axes(self) -> list[str]:
         """Each axis and its number of values."""
-        return [f"{len(values)} × {field}" for field, values in configs.flatten(self.config.sweep).items()]
+        return grid.told(self.config.sweep)
 
     @functools.cached_property
     def dataset(self):
@@ -227,7 +228,8 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        several = [field for field, values in configs.flatten(self.config.sweep).items() if len(values) > 1]
+        axes = configs.flatten(self.config.sweep).items()
+        several = [name for axis, values in axes if len(values) > 1 for name in grid.telling(axis)]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, parts: Sequence[Unit]) -> str:
@@ -245,13 +247,14 @@ class Sweep:
 
     # ---- the end
 
-    def tables(self) -> str:
-        """Writes the tables of what there is so far, and the best config. Returns a line about it."""
+    def tables(self, last: bool = False) -> str:
+        """Writes the tables of what there is so far, the best config and the page. Returns a line about the best."""
         configs_of = {member.number: member.config for member in self.members}
         while True:
             finished, rows = self.folder.finished(), self.folder.results()
             sweep_table.write(self.folder, rows)
             best = sweep_table.best(self.folder, rows, configs_of)
+            self.page.write(rows, len(self.members), last)
             if self.folder.finished() == finished:  # else another worker may have written a longer table meanwhile
                 return best
 
