@@ -5,17 +5,20 @@ at once (`tljax.members`). Every other axis makes groups.
 """
 
 import bisect
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, command, data, experiment, grid, members, memory, parallel
+from tljax import cache, command, data, experiment, grid, halving, members, memory, parallel, search
 from tljax import config as configs
+from tljax.distributions import Distribution
 from tljax.errors import UserError, listing, unknown
 from tljax.experiment import Experiment
 from tljax.grid import Member
@@ -80,19 +83,25 @@ class Sweep:
 
     def __init__(self, config: ConfigDict, folder: Folder, console: Console, how: str, limit: int):
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
-        self.members = grid.members(config)
+        self.search, self.halving = search.of(config), halving.parse(config.get("halving", ""))
+        self.members = self.search.members(config)  # those of a study: what can be wrong with its members
         for member in self.members:
             _check(member.config)
+        self.made: dict[str, Group] = {}  # by what makes a group, for the generations to come
 
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
         begun = time.time()
         if self.folder.begun:
             self.folder.claim(self.config)
-        done = {row["number"] for row in self.folder.results()}
+        done = self.folder.results()
         already = f"; {len(done)} are done" if done else ""
-        self.console.print(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
-        self.train([member for member in self.members if member.number not in done])
+        self.console.print(f"{self.told_search()}{', '.join(self.axes())}{already}")
+        with contextlib.closing(self.search.generations(self.config, self.folder, self.console.print)) as generations:
+            for generation in generations:
+                self.members = generation
+                done = {row["number"] for row in self.folder.results()}
+                self.train([member for member in generation if member.number not in done])
         best = self.tables()
         seconds = text.duration(time.time() - begun)
         self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
@@ -108,8 +117,13 @@ class Sweep:
         self.folder.claim(self.config)  # now that all of it is known to make sense
         for i in range(len(groups)):
             group, size, groups[i] = groups[i], parts[i], None  # what it holds goes when it ends
-            for start in range(0, len(group.courses), size):
-                rows, *_ = group.train(group.courses[start : start + size], size, say=say)
+            together = len(group.courses) if self.halving else size  # they compete
+            for start in range(0, len(group.courses), together):
+                courses = group.courses[start : start + together]
+                if self.halving:
+                    rows = halving.train(group, courses, size, self.halving, say)
+                else:
+                    rows, *_ = group.train(courses, size, say=say)
                 name = f"group-{rows[0]['number']:05d}.json"
                 self.folder.write(name, json.dumps({"rows": rows}) + "\n")
                 self.tables()
@@ -117,8 +131,17 @@ class Sweep:
                 say(f"group {i + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
 
     def axes(self) -> list[str]:
-        """Each axis and its number of values."""
-        return [f"{len(values)} × {field}" for field, values in configs.flatten(self.config.sweep).items()]
+        """Each axis and its number of values, or what it is drawn from."""
+        told = lambda field, v: f"{field} from {v}" if isinstance(v, Distribution) else f"{len(v)} × {field}"
+        return [told(field, values) for field, values in grid.space(self.config).axes.items()]
+
+    def told_search(self) -> str:
+        """How many members there are, and how they are chosen."""
+        if not self.config.get("search", ""):
+            return f"{text.counted(len(self.members), 'member')}: "
+        repeats = len(grid.space(self.config).repeats)
+        of = f", {repeats} × {self.search.n} members" if repeats > 1 else f", {text.counted(self.search.n, 'member')}"
+        return f"{self.config.search}{of}: "
 
     @functools.cached_property
     def dataset(self):
@@ -141,20 +164,38 @@ class Sweep:
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
-                found.append(Group(part, [self.dataset(member) for member in part], self.how, kept))
+                found.append(self.group(part, kept))
         return found
+
+    def group(self, found: Sequence[Member], kept: str) -> Group:
+        """The group of some members; it goes on with what that of an earlier generation has compiled and computed."""
+        made = Group(found, [self.dataset(member) for member in found], self.how, kept)
+        if self.search.again:
+            key = found[0].key(grid.NUMBERS + grid.STREAMS)
+            made.adopt(self.made.get(key))
+            self.made[key] = made
+        return made
+
+    def need(self, group: Group, size: int) -> int:
+        """Bytes that a group takes at most, so many of its members at once."""
+        return group.need(size) + (halving.held(group) if self.halving else 0)
 
     def part(self, group: Group) -> int:
         """How many members of a group are trained at once. Raises UserError where not even one fits."""
-        count, one = len(group.members), group.need(1)
+        if group.slots:  # compiled
+            return group.slots
+        count, one = len(group.members), self.need(group, 1)
         if one > self.limit:
             raise UserError(
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
-        if group.need(count) <= self.limit:
-            return count
-        fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
+        fits = count
+        if self.need(group, count) > self.limit:
+            need = functools.partial(self.need, group)
+            fits = bisect.bisect_right(range(1, count), self.limit, key=need)  # it grows with the number
+        if self.halving:
+            return halving.slots(group, self.halving, fits)
         chunks = -(-count // fits)
         return -(-count // chunks)
 
@@ -162,7 +203,8 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        several = [field for field, values in configs.flatten(self.config.sweep).items() if len(values) > 1]
+        axes = grid.space(self.config).axes
+        several = [field for field in axes if isinstance(axes[field], Distribution) or len(axes[field]) > 1]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, size: int) -> str:
@@ -172,8 +214,9 @@ class Sweep:
         return (
             f"{self.name(group)}: {text.counted(count, 'member')}"
             + (f" in {parts} parts of {size}" if parts > 1 else "")
-            + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(group.need(size))} of "
+            + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(self.need(group, size))} of "
             f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
+            + (f"; {halving.told(group, self.halving)}" if self.halving else "")
         )
 
     # ---- the end
@@ -182,8 +225,9 @@ class Sweep:
         """Writes the tables of what there is so far, and the best config. Returns a line about it."""
         rows = self.folder.results()
         sweep_table.write(self.folder, rows)
-        configs_of = {member.number: member.config for member in self.members}
-        return sweep_table.best(self.folder, rows, configs_of)
+        space = grid.space(self.config)
+        config_of = lambda row: space.config(row["fields"])
+        return sweep_table.best(self.folder, rows, self.config.metric, config_of)
 
 
 def _check(config: ConfigDict) -> None:

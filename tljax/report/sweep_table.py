@@ -4,12 +4,13 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from tljax.config import to_json
-from tljax.grid import REPEATS
+from tljax.grid import REPEATS, setting
 from tljax.workdir import Workdir
 
 BEST = '''"""{line}
@@ -56,30 +57,29 @@ def write(folder: Workdir, rows: list[dict]) -> None:
     folder.write("curves.jsonl", "".join(lines))
 
 
-def best(folder: Workdir, rows: list[dict], configs: dict[int, ConfigDict]) -> str:
-    """Writes the config that is the best by config.metric, `best.py`; returns what it says of it.
+def best(folder: Workdir, rows: list[dict], metric: str, config_of: Callable[[dict], ConfigDict]) -> str:
+    """Writes the config of the row that is the best by a metric, `best.py`; returns what it says of it.
 
     The figure is that of val, averaged over the seeds and folds of otherwise equal members: the luckiest of many is
-    not the best. One that has diverged counts as the worst.
+    not the best. One that has diverged counts as the worst, and one that was eliminated is not chosen.
     """
     settings: dict[str, list[dict]] = {}
     for row in rows:
-        key = json.dumps({field: value for field, value in row["fields"].items() if field not in REPEATS})
-        settings.setdefault(key, []).append(row)
-    metric = configs[0].metric
+        settings.setdefault(setting(row["fields"]), []).append(row)
     name, sign = metric.removeprefix("val/"), -1 if metric == "val/nll" else 1
 
     def value(found: list[dict]) -> float:
         each = [row["val"][name] if row["val"] else -sign * math.inf for row in found]
         return float(np.mean(each))
 
-    chosen = max(settings.values(), key=lambda found: sign * value(found), default=None)
+    ended = [found for found in settings.values() if not any(row["status"].startswith("eliminated") for row in found)]
+    chosen = max(ended, key=lambda found: sign * value(found), default=None)
     if chosen is None or not math.isfinite(value(chosen)):
         return f"no member has a {metric}: there is no best"
     fields = ", ".join(f"{field} = {value!r}" for field, value in chosen[0]["fields"].items() if field not in REPEATS)
     over = f", mean of {len(chosen)}" if len(chosen) > 1 else ""
     line = f"the best by {metric}, {value(chosen):.4g}{over}: {fields or 'there is one setting'}"
-    config = to_json(configs[chosen[0]["number"]]).replace("\\", "\\\\").replace('"""', r"\"\"\"")
+    config = to_json(config_of(chosen[0])).replace("\\", "\\\\").replace('"""', r"\"\"\"")
     text = line.replace("\\", "\\\\").replace('"""', "'''")
     folder.write("best.py", BEST.format(line=text, path=folder.path / "best.py", config=config))
     return line
