@@ -1,15 +1,17 @@
 """Successive halving: who goes on is who numpy says, and is his solo run; the program is the same throughout."""
 
+import csv
 import logging
 import math
 import re
 
+import conftest
 import jax
 import numpy as np
 import pytest
 import test_sweep
 
-from tljax import grid, group, halving, search, sweep
+from tljax import config, grid, group, halving, search, sweep
 from tljax.errors import UserError
 from tljax.halving import Halving
 from tljax.report.console import Console
@@ -25,10 +27,9 @@ def sweeps(tmp_path, monkeypatch):
 
     def remember(self, part, start, stop):
         advance(self, part, start, stop)
-        own = part.own if part.best is None else part.best
         for k, course in enumerate(part.courses):
             if course.step == course.total:
-                found = jax.device_get(self.group.programs.variables(own, self.shared, k))
+                found = jax.device_get(self.group.programs.variables(part.own, self.shared, k))
                 variables[course.member.number] = found
 
     monkeypatch.setattr(halving.Competition, "advance", remember)
@@ -103,6 +104,7 @@ def test_who_is_better_at_once_and_eliminated_is_not_the_best(tmp_path):
     assert "1.1, mean of 2: optim.lr = 0.1" in line
 
 
+@pytest.mark.slow
 def test_on_a_shared_stream_the_best_state_goes_on_and_who_diverges_is_last(base, sweeps, solo):
     """No features are kept: the stream of images goes on at the rung."""
     fields = {"cache_views": 0, "strategy": "partial(last=1)", "train_for": "6 steps", "eval_every": "2 steps"}
@@ -112,9 +114,8 @@ def test_on_a_shared_stream_the_best_state_goes_on_and_who_diverges_is_last(base
     assert re.match(r"diverged at step [12]$", found[0]["status"])
     assert [row["status"] for row in found.values()][1:] == ["finished"] * 2
     assert found[0]["val"] is None
-    for number in (1, 2):
-        alone = solo(grid.members(made)[number].config)
-        test_sweep.assert_same((found[number], found[number]["curve"], variables[number]), alone)
+    alone = solo(grid.members(made)[1].config)
+    test_sweep.assert_same((found[1], found[1]["curve"], variables[1]), alone)
 
 
 def test_a_random_search_is_halved_and_a_repeated_command_finds_it_done(base, sweeps):
@@ -149,6 +150,36 @@ def test_generations_of_a_study_share_a_compiled_step_and_features(base, sweeps,
         told = trial.value if trial.state.name == "COMPLETE" else trial.intermediate_values[2]
         assert told == pytest.approx(np.mean([found[2 * i + k]["val"]["nll"] for k in (0, 1)]))
         assert trial.params["optim.lr"] == found[2 * i]["fields"]["optim.lr"]
+
+
+@pytest.mark.slow
+def test_a_killed_search_leaves_the_table_of_one_that_was_not(base, tmp_path):
+    """A real process, killed in its second generation; the same command then goes on."""
+    pytest.importorskip("optuna")
+    made = base({"optim.lr": "loguniform(1e-5, 1)", "seed": (0, 7)}, strategy="frozen()", train_for="4 steps")
+    made.search, made.halving = "optuna(6, generation=2)", "halving(rungs=1)"
+    file = tmp_path / "config.py"
+    text = config.to_json(made)
+    file.write_text(f"from tljax.config import from_json\ndef get_config():\n    return from_json('''{text}''')\n")
+    tables = {}
+    for name in ("cut", "whole"):
+        folder = tmp_path / name
+        argv = [f"--config={file}", f"--workdir={folder}"]
+        process = conftest.command("tljax.sweep", *argv)
+        if name == "cut":
+            for line in process.stdout:
+                if "rung after" in line and (folder / "sweep.csv").exists():
+                    break
+            process.kill()
+            process.communicate()
+            assert len(sweep.Folder(folder).results()) in (4, 8)
+            process = conftest.command("tljax.sweep", *argv)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        with (folder / "sweep.csv").open() as table:
+            tables[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(table)]
+    assert len(tables["whole"]) == 12
+    assert tables["cut"] == tables["whole"]
 
 
 # ---- the laws
