@@ -5,7 +5,7 @@
 
 Head only: 30 epochs of a linear probe on centre crops. The main job: configs/partial.py with the views that it keeps,
 against new augmented views each epoch. Seconds are those of the whole command, and of its training alone (features,
-steps, evaluations); finished runs are kept in --workdir.
+steps, evaluations on val); finished runs are kept in --workdir.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def finished(folder: Path, name: str, seed: int) -> dict:
 
 
 def training(summary: dict) -> float:
-    """Seconds of features, steps and evaluations."""
+    """Seconds of features, steps and evaluations on val."""
     return sum(summary["time"].get(part, 0.0) for part in ("features", "train", "eval"))
 
 
@@ -84,7 +84,8 @@ def main():
 By `python benchmarks/cache.py`: EfficientNet-Lite0 on the fruit photographs, medians over seeds; accuracies are means
 ± standard deviations. A head is trained for 30 epochs on centre crops; the main job keeps {views} augmented views of
 each photograph, uncached it draws new ones each epoch. *Command*: from start to exit, imports, compilation, evaluation
-and pictures included; *training*: features, steps and evaluations. Machine: {sections.machine()}.
+and pictures included; *training*: features, steps and evaluations on val;
+the test split is evaluated once in each. Machine: {sections.machine()}.
 
 {sections.table(head, rows)}
 

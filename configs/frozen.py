@@ -14,6 +14,7 @@ def get_config(arg=""):
     config.name = "frozen"
     config.strategy = "frozen()"
     config.cache_views = 4
+    config.checkpoint_every = "5 epochs"  # which take seconds on kept features
     config.train_for = "20 epochs"
     config.optim.warmup = "2 epochs"
     return config

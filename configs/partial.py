@@ -21,6 +21,7 @@ def get_config(arg=""):
     config = base(given.model)
     config.name = f"partial{given.last}"
     config.cache_views = 4
+    config.checkpoint_every = "5 epochs"  # which take seconds on kept features
     config.strategy = f"partial(last={given.last}, body={given.body})"
     if not given.norms:
         config.strategy = f"frozen_norms({config.strategy})"

@@ -30,7 +30,7 @@ def conclude(run, state: State) -> None:
     run.checkpoints.close()
     params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
-    with run.clock("eval"):
+    with run.clock("test"):
         for name in ("val", "test"):
             split = getattr(run.dataset, name)
             if len(split):

@@ -16,7 +16,7 @@ from tljax.errors import UserError, unknown
 from tljax.parallel import Layout
 from tljax.phases import Phase
 from tljax.plan import Plan
-from tljax.step import Numbers, State, evaluated, init_state, make_predict_step
+from tljax.step import Numbers, State, evaluated, init_state, make_predict_step, part, whole
 
 if TYPE_CHECKING:
     from tljax.experiment import Experiment
@@ -36,28 +36,6 @@ def choose(how: str, plan: Plan) -> str:
     if how != "auto":
         return how
     return "map" if any(len(leaf.shape) >= 4 for leaf in plan.trainable) else "vmap"
-
-
-def part(state: State, plan: Plan) -> tuple[State, State]:
-    """Parts a state into (a member's own, what all share); absent leaves are None, and so is the step."""
-    trainable, frozen = plan.split(state.params)
-    moving, still = plan.split_stats(state.stats)
-    average = state.average
-    if average is not None:  # whose still statistics are those of the state
-        average = {"params": average["params"], "stats": plan.split_stats(average["stats"])[0]}
-    return (
-        State(None, trainable, moving, state.optimizer, average),
-        State(None, frozen, still, None, None, state.anchor),
-    )
-
-
-def whole(own: State, shared: State, plan: Plan, step=None) -> State:
-    """The inverse of `part`, at a step."""
-    average = own.average
-    if average is not None:
-        average = average | {"stats": plan.merge(average["stats"], shared.stats)}
-    params, stats = plan.merge(own.params, shared.params), plan.merge(own.stats, shared.stats)
-    return State(step, params, stats, own.optimizer, average, shared.anchor)
 
 
 class Members:
@@ -106,13 +84,13 @@ class Members:
         merge = self.plan.merge
         params, stats = merge(trainable, shared.params), merge(moving, shared.stats)
         state = init_state(self.plan, self._optimizer(), params, stats, self.exp.config.ema)
-        return part(state, self.plan)[0]
+        return part(state, self.plan)[0]._replace(step=None)
 
     def shapes(self, count: int) -> tuple[State, State]:
         """The shapes of `begin`'s (own, shared) for so many members."""
         params, stats = self.exp.shapes["params"], self.exp.shapes["batch_stats"]
         shaped = self.exp.state_shapes(self.plan, self._optimizer())
-        own, shared = part(shaped._replace(params=params, stats=stats), self.plan)
+        own, shared = part(shaped._replace(step=None, params=params, stats=stats), self.plan)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), own), shared
 
     def variables(self, own: State, shared: State, member: int) -> tuple[Tree, Tree]:
@@ -160,9 +138,9 @@ class Members:
                 seen, numbers = batch, numbers._replace(seed=seed)
             tx = self._optimizer(numbers)
             update = self.exp.train_step(plan, tx, self.layout, numbers, start=start, mix_at=mix_at)
-            state, metrics = update(whole(own, shared, plan, step), seen)
+            state, metrics = update(whole(own._replace(step=step), shared, plan), seen)
             alive = alive & (jnp.isfinite(metrics["loss"]) | ~go)
-            new = part(state, plan)[0]
+            new = part(state, plan)[0]._replace(step=None)
             return jax.tree.map(lambda a, b: jnp.where(alive & go, a, b), new, own), alive, metrics
 
         if self.varied:

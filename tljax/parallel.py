@@ -122,6 +122,8 @@ class Layout:
         """Puts this process's part of a batch on its devices."""
         if self.mode == "pmap":
             return {k: v.reshape(len(self.local), -1, *v.shape[1:]) for k, v in batch.items()}
+        if jax.process_count() == 1:
+            return jax.device_put(batch, self.batch)
         return {k: jax.make_array_from_process_local_data(self.batch, v) for k, v in batch.items()}
 
     def abstract_batch(self, batch_size: int, size: int, features: jax.ShapeDtypeStruct | None = None) -> dict:
@@ -134,25 +136,25 @@ class Layout:
             return {k: jax.ShapeDtypeStruct((local, b, *s[1:]), d) for k, (s, d) in shapes.items()}
         return {k: jax.ShapeDtypeStruct(s, d, sharding=self.batch) for k, (s, d) in shapes.items()}
 
-    def program(self, train_step, state: Tree, more: int = 0):
-        """`train_step(state, batch, …) -> (state, metrics)` as it runs on the devices; the state is donated.
+    def program(self, train_step, *states: Tree, more: int = 0):
+        """`train_step(*states, batch, …) -> (the first of the states, metrics)` as it runs on the devices.
 
-        It takes so many arguments `more`, which are whole on every device.
+        The first state is donated. The step takes so many arguments `more`, which are whole on every device.
         """
         if self.mode == "pmap":
             return jax.pmap(
                 train_step,
                 axis_name=AXIS,
-                in_axes=(None, 0, *(None,) * more),
+                in_axes=(*(None,) * len(states), 0, *(None,) * more),
                 out_axes=(None, None),
                 donate_argnums=(0,),
                 devices=self.devices,
             )
-        shardings = self.shardings(state)
+        shardings = tuple(map(self.shardings, states))
         return jax.jit(
             train_step,
-            in_shardings=(shardings, self.batch, *(self.replicated,) * more),
-            out_shardings=(shardings, self.replicated),
+            in_shardings=(*shardings, self.batch, *(self.replicated,) * more),
+            out_shardings=(shardings[0], self.replicated),
             donate_argnums=(0,),
         )
 

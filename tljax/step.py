@@ -50,6 +50,26 @@ def init_state(
     return State(jnp.zeros((), jnp.int32), params, stats, tx.init(trainable), average, anchor)
 
 
+def part(state: State, plan: Plan) -> tuple[State, State]:
+    """Parts a state into (what a step moves, what it only reads); absent leaves are None."""
+    trainable, frozen = plan.split(state.params)
+    moving, still = plan.split_stats(state.stats)
+    average = state.average
+    if average is not None:  # whose still statistics are those of the state
+        average = {"params": average["params"], "stats": plan.split_stats(average["stats"])[0]}
+    own = State(state.step, trainable, moving, state.optimizer, average)
+    return own, State(None, frozen, still, None, None, state.anchor)
+
+
+def whole(own: State, shared: State, plan: Plan) -> State:
+    """The inverse of `part`."""
+    average = own.average
+    if average is not None:
+        average = average | {"stats": plan.merge(average["stats"], shared.stats)}
+    params, stats = plan.merge(own.params, shared.params), plan.merge(own.stats, shared.stats)
+    return State(own.step, params, stats, own.optimizer, average, shared.anchor)
+
+
 def evaluated(state: State, plan: Plan) -> tuple[Tree, Tree]:
     """The (params, stats) that evaluation uses: the moving average where there is one."""
     if state.average is None:

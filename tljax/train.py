@@ -10,6 +10,7 @@ if __name__ == "__main__":
     pages.restart()
 
 import contextlib
+import copy
 import functools
 import math
 import signal
@@ -28,7 +29,7 @@ from tljax.leaks import lint
 from tljax.plan import Plan, combined
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
-from tljax.step import State, evaluated, init_state, numbers_of
+from tljax.step import State, evaluated, init_state, numbers_of, part, whole
 from tljax.termination import Termination
 from tljax.workdir import Workdir
 
@@ -52,6 +53,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
         self.seconds = {"start": time.time() - STARTED}
+        self.held = None  # the best checkpoint, as long as it is not written
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
@@ -251,15 +253,30 @@ class Run:
         if moved:
             raise UserError(f"frozen values have changed by step {int(state.step)}: {listing(moved)}")
 
-    def save(self, state: State) -> None:
-        """Begins to save a checkpoint, after proving that what is frozen has stayed."""
+    def hold(self, state: State) -> None:
+        """Holds the best state so far on the host: it is written before the next checkpoint that is due.
+
+        Saving takes longer than an epoch on kept features. Who is killed in between finds the same one again.
+        """
         with self.clock("checkpoints"):
-            self.verify(state, self.plan)
-            self.notes["step"] = int(state.step)
-            self.notes["base"] = self.base_digest()
-            best = self.notes["best"]
-            held = delta.cut(state, self.left_out)
-            self.checkpoints.save(int(state.step), held, self.notes, best["step"] if best else None)
+            own, shared = part(state, self.plan)
+            own = jax.tree.map(np.array, self.layout.to_host(own))  # a copy: the buffers are donated
+            self.held = self.to_save(whole(own, shared, self.plan))
+
+    def save(self, state: State) -> None:
+        """Begins to save a checkpoint, and before it the best one, where it is held."""
+        with self.clock("checkpoints"):
+            for found in filter(None, (self.held, self.to_save(state))):
+                self.checkpoints.save(*found)
+            self.held = None
+
+    def to_save(self, state: State) -> tuple[int, State, dict, int | None]:
+        """What `Checkpoints.save` takes, after proving that what is frozen has stayed."""
+        self.verify(state, self.plan)
+        self.notes |= {"step": int(state.step), "base": self.base_digest()}
+        best = self.notes["best"]
+        notes = copy.deepcopy(self.notes)
+        return int(state.step), delta.cut(state, self.left_out), notes, best["step"] if best else None
 
     def compile(self, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
@@ -267,15 +284,18 @@ class Run:
         start = self.cache.cut if self.cache else None
         mix_at = self.plan.cut if config.augment.mix_at == "features" else None
 
-        def step(state, batch, numbers):  # whose program serves other rates and seeds from the compilation cache
+        def step(own, shared, batch, numbers):  # whose program serves other rates and seeds from the compilation cache
             tx, _ = exp.optimizer(phase, len(self.dataset.train), numbers)
-            return exp.train_step(phase.plan, tx, self.layout, numbers, start=start, mix_at=mix_at)(state, batch)
+            update = exp.train_step(phase.plan, tx, self.layout, numbers, start=start, mix_at=mix_at)
+            state, metrics = update(whole(own, shared, phase.plan), batch)
+            return part(state, phase.plan)[0], metrics
 
         features = self.cache.like if self.cache else None
         batch = self.layout.abstract_batch(config.batch_size, exp.preprocessing.size, features)
         self.numbers = numbers_of(config)
-        program = self.layout.program(step, like, more=1)
-        arguments = (like, batch, self.numbers)
+        states = part(like, self.plan)
+        program = self.layout.program(step, *states, more=1)
+        arguments = (*states, batch, self.numbers)
         leaks = lint(program, self.plan, *arguments)  # before compiling, which takes over what was traced
         # A leak is a mistake in the step or the model, not in what the user asked for, and costs time and memory alone
         # (the frozen values are verified all the same): it is told, here and in the summary, and stops nothing.
@@ -295,6 +315,8 @@ class Run:
             for name in ("log", "eval", "checkpoint")
         }
         batches = self.batches(start)
+        own, shared = part(state, self.plan)  # what is frozen goes into the steps and never comes out
+        now = lambda: whole(own, shared, self.plan)
         pending = self.notes["pending"]  # metrics of the steps since the last row
         stopping = False
         with self.console.progress(self.total, start, every["log"]) as bar, contextlib.closing(batches):
@@ -302,7 +324,7 @@ class Run:
             for step, batch in enumerate(batches, start + 1):
                 if self.ended_early():
                     break
-                state, measured = self.train_step(state, self.layout.place_batch(batch), self.numbers)
+                own, measured = self.train_step(own, shared, self.layout.place_batch(batch), self.numbers)
                 pending.append(measured)
                 counted += 1
                 if step == start + 1:
@@ -327,15 +349,17 @@ class Run:
                     told = {f"train/{k}": v for k, v in row.items()} | {"lr": float(self.schedule(step - 1))}
                     self.log(step, told | ({"images_per_second": round(speed, 1)} if speed else {}))
                     bar.update(step, row, speed)
-                better = "eval" in due and self.assess(step, state)
-                if stopping or better or "checkpoint" in due:
-                    self.save(state)
+                better = "eval" in due and self.assess(step, now())
+                if stopping or "checkpoint" in due or self.ended_early():
+                    self.save(now())
+                elif better:
+                    self.hold(now())
                 if stopping:
                     break
                 begun, counted = time.time(), 0
         with self.clock("checkpoints"):
             self.checkpoints.wait()
-        return state, stopping
+        return now(), stopping
 
     def fetched(self, pending: list[dict], step: int) -> list[dict]:
         """The pending metrics as floats. Raises UserError at the first loss that is not finite."""
