@@ -199,7 +199,7 @@ def test_a_group_is_compiled_once_whatever_its_parts(base, sweeps, caplog):
         assert [len(found.members) for found in planned] == [5, 5]
         caplog.clear()
         limit = planned[0].need(2)
-        assert sweep.Sweep(made, None, Console(enabled=False), "auto", limit).part(planned[0]) == 2
+        assert sweep.Sweep(made, None, Console(enabled=False), "auto", limit).part(planned[0], 5) == 2
         parts = sweeps(made, limit=limit, name="parts")
         assert compiled(caplog) == 2
     assert sorted(whole) == sorted(parts) == list(range(10))
@@ -212,21 +212,22 @@ def test_a_killed_sweep_goes_on_at_the_first_group_that_has_not_ended(base, swee
     axes = {"norm_stats": ("plan", "frozen"), "optim.lr": (0.003, 0.03), "seed": (0, 1)}
     made = base(axes, strategy="frozen()", train_for="4 steps")
     whole = sweeps(made, name="whole")
-    write, counts = Workdir.write, []
+    keep, counts = sweep.Folder.keep, []
 
-    def killed(self, name, text):
-        if name.startswith("group-") and len(list(self.path.glob("group-*"))) == 1 and not counts:
-            counts.append(name)
+    def killed(self, unit, rows):
+        if len(self.finished()) == 1 and not counts:
+            counts.append(unit)
             raise KeyboardInterrupt
-        write(self, name, text)
+        return keep(self, unit, rows)
 
-    monkeypatch.setattr(Workdir, "write", killed)
+    monkeypatch.setattr(sweep.Folder, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         sweeps(made, name="cut")
     file = tmp_path / "cut" / "sweep.csv"
     assert len(list(csv.DictReader(file.open()))) == 4
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("group-*")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("units/*/result.json")}
     cut = sweeps(made, name="cut")
+    assert len(kept) == 1
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     assert {n: row[1] for n, row in cut.items()} == {n: row[1] for n, row in whole.items()}
     rows = list(csv.DictReader(file.open()))

@@ -17,4 +17,5 @@ def get_config():
     config.log_every = "4 steps"
     config.eval_every = "8 steps"
     config.checkpoint_every = "6 steps"
+    config.parallel.members = 1  # of the eight fake devices
     return config

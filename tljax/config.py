@@ -111,6 +111,7 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
     config.parallel.fsdp = 1  # devices over which each large leaf is laid
+    config.parallel.members = 0  # devices over which the members of a sweep are laid; 0: all there are
     return config
 
 
@@ -181,8 +182,8 @@ CHOICES = {
 }
 AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
     ("seed", "image_size", "cache_views", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed",
-     "data.limit", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr", "optim.weight_decay",
-     "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
+     "data.limit", "parallel.members", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr",
+     "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
 ) | {"drop_rate": -1, "drop_path_rate": -1}  # fmt: skip
 AT_MOST = {"seed": 2**32 - 1, "label_smoothing": 1}
 BELOW = dict.fromkeys(("ema", "drop_rate", "drop_path_rate", "optim.momentum", "optim.b1", "optim.b2"), 1)

@@ -27,6 +27,10 @@ class Course:
     eliminated: bool = False  # stopped for being worse than others
     evaluations: dict[int, dict] = dataclasses.field(default_factory=dict)
 
+    def anew(self) -> "Course":
+        """The same before its first step."""
+        return Course(self.member, self.dataset, self.total, self.per_epoch, self.rates, self.every)
+
     @property
     def over(self) -> bool:
         """Whether it trains no more."""

@@ -17,11 +17,12 @@ from tljax.data.pipeline import stream
 from tljax.errors import UserError
 from tljax.grid import Member
 from tljax.members import Members, choose
-from tljax.parallel import Layout
+from tljax.parallel import Layout, Spread, members_over
 from tljax.report import metrics
 from tljax.step import Numbers, State, numbers_of
 
 Tree = Any
+PLAIN = configs.ConfigDict({"mode": "jit", "fsdp": 1})
 SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
 
 
@@ -32,16 +33,16 @@ class Group:
         self.members, self.datasets = tuple(members), tuple(datasets)
         # Decay is left out of the optimizer where it is 0: one that has it serves all.
         config = max((member.config for member in members), key=lambda config: config.optim.weight_decay)
-        one = configs.ConfigDict({"mode": "jit", "fsdp": 1})
-        self.layout = Layout(one, config.batch_size, config.optim.accumulate, devices=1)
+        self.layout = Layout(PLAIN, config.batch_size, config.optim.accumulate, devices=1)
         self.exp = experiment.build(config, self.datasets[0].classes, self.layout)
         self.courses = [self._course(m, d) for m, d in zip(self.members, self.datasets)]
         longest = max(self.courses, key=lambda course: course.total)
         self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
         self.kept = kept
         streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
+        self.spread = Spread(members_over(config.parallel.members, len(self.members)))
         self.programs = Members(
-            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), varied=len(streams) > 1
+            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), len(streams) > 1, self.spread
         )
         self.compiled, self.features, self.slots = None, None, 0
         self.on_device: dict[str, Any] = {}
@@ -78,7 +79,8 @@ class Group:
     # ---- what it needs
 
     def need(self, count: int) -> int:
-        """Bytes that so many members take at once, at most: state, features, and the step's own."""
+        """Bytes of one device that so many members take at once, at most: state, features, and the step's own."""
+        count = self.spread.each(count)
         own, shared = self.programs.shapes(count)
         shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
         batch, size = self.layout.batch_size, self.exp.preprocessing.size
@@ -101,7 +103,7 @@ class Group:
     # ---- the run
 
     def train(self, courses: Sequence[Course], size: int, say: Callable = print):
-        """Trains some members, filled up to `size`. Returns (their rows, own [size, …], shared).
+        """Trains some members, filled up to `size`, and to a multiple of the devices. Returns (rows, own, shared).
 
         A row is {"number", "fields", "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and
         "test": figures or None, "seconds": its share, "curve": rows as those of metrics.jsonl}.
@@ -121,8 +123,12 @@ class Group:
 
     def filled(self, courses: Sequence[Course], size: int) -> list[Course]:
         """Members of a compiled step with so many slots; the last one again in those that are left."""
-        self.slots = size
+        self.slots, size = size, self.whole(size)
         return [*courses, *[courses[-1]] * (size - len(courses))]
+
+    def whole(self, size: int) -> int:
+        """So many slots, filled up to a multiple of the devices."""
+        return self.spread.each(size) * len(self.spread.devices)
 
     def begin(self, filled: Sequence[Course], say: Callable) -> tuple[State, State]:
         """The state of some members before the first step: (own [members, …], shared)."""
@@ -134,8 +140,14 @@ class Group:
         variables = [load(course.member.config.seed) for course in filled]
         own, shared = self.programs.begin(variables, information)
         if self.kept and self.features is None:
-            self.features = cache.FeatureCache(self.exp, self.layout, self.phase, *variables[0], self.kept, say)
+            self.features = cache.FeatureCache(self.exp, self._all(), self.phase, *variables[0], self.kept, say)
         return own, shared
+
+    def _all(self) -> Layout:
+        """Over all devices of the members, each of which takes its part of a batch of photographs."""
+        count = len(self.spread.devices)
+        batch = self.spread.each(self.layout.batch_size) * count
+        return Layout(PLAIN, batch, devices=count)
 
     def _loaded(self, courses: Sequence[Course], seed: int) -> tuple[Tree, Tree]:
         config = next(course.member.config for course in courses if course.member.config.seed == seed)
@@ -202,7 +214,7 @@ class Group:
         pool, batch, looks = self.pools["train"], self.layout.batch_size, cache.views(self.exp.config)
         if "train" not in self.on_device:
             features = np.stack([self.features(pool, view) for view in range(self.views)])
-            self.on_device["train"] = jax.device_put({"features": features, "label": pool.labels})
+            self.on_device["train"] = jax.device_put({"features": features, "label": pool.labels}, self.spread.shared)
 
         @functools.cache
         def course_of(seed: int, train: Split, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +297,7 @@ class Group:
         length = -(-max(map(len, places)) // batch) * batch
         table = np.stack([np.pad(p, (0, length - len(p))) for p in (places if varied else places[:1])]).astype(np.int32)
         if name not in self.on_device:
-            self.on_device[name] = jax.device_put(np.asarray(self.features(pool)))
+            self.on_device[name] = jax.device_put(np.asarray(self.features(pool)), self.spread.shared)
         features = self.on_device[name]
         found = [
             np.asarray(run(own, shared, features, at if varied else at[0], varied=varied))

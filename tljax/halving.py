@@ -158,7 +158,7 @@ class Competition:
             raise UserError(
                 f"config.halving needs a val split, config.data.val = {courses[0].member.config.data.val!r}"
             )
-        self.group, self.courses, self.size, self.halved, self.say = group, courses, size, halved, say
+        self.group, self.courses, self.size, self.halved, self.say = group, courses, group.whole(size), halved, say
         self.notes = {course.member.number: Note(setting(course.member.fields)) for course in courses}
         self.competing = dict.fromkeys(note.setting for note in self.notes.values())
         self.parts = [Part(list(courses[i : i + size])) for i in range(0, len(courses), size)]
@@ -186,7 +186,7 @@ class Competition:
         group, filled = self.group, self.group.filled(part.courses, self.size)
         if part.own is None:
             part.own, self.shared = group.begin(filled, self.say)
-        own, best = _placed(part.own), _placed(part.best)
+        own, best = self.placed(part.own), self.placed(part.best)
         steps, own, best = group.fit(part.courses, filled, own, self.shared, best, start, stop)
         for k, course in enumerate(part.courses):
             self.notes[course.member.number].steps.append({name: of[:, k] for name, of in steps.items()})
@@ -213,6 +213,10 @@ class Competition:
                 note.row = row(course, steps, {name: found[name][k] for name in found})
                 note.val = note.row["val"]
 
+    def placed(self, tree: State | None) -> State | None:
+        """A state on the devices, in buffers of its own: the step is given them for good."""
+        return jax.device_put(jax.tree.map(jnp.array, tree), self.group.spread.members)
+
     def compete(self, stop: int) -> None:
         """Ends those that are not among the best, and packs the others."""
         figures: dict[str, list[float]] = {}
@@ -224,7 +228,7 @@ class Competition:
             fallen = [c for c in part.courses if not c.over and self.notes[c.member.number].setting not in chosen]
             for course in fallen:
                 course.eliminated = True
-            self.end(part, fallen, _placed(part.own))
+            self.end(part, fallen, self.placed(part.own))
         self.parts = _packed(self.parts, self.size)
         self.say(f"rung after step {stop}: {len(chosen)} of {text.counted(len(figures), 'setting')} go on")
         self.competing = chosen
@@ -240,8 +244,3 @@ def _packed(parts: Sequence[Part], size: int) -> list[Part]:
         own = [jax.tree.map(lambda leaf, k=k: leaf[k], (part.own, part.best)) for part, k in padded]
         packed.append(Part([part.courses[k] for part, k in chunk], *jax.tree.map(lambda *each: np.stack(each), *own)))
     return packed
-
-
-def _placed(tree: State | None) -> State | None:
-    """A state on the device, in buffers of its own: the step is given them for good."""
-    return jax.tree.map(jnp.array, tree)

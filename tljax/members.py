@@ -5,6 +5,7 @@ average. Frozen leaves, stored statistics and the anchor of a regulariser are sh
 once for all members where they see the same batch.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from tljax import optim
 from tljax.errors import UserError, unknown
-from tljax.parallel import Layout
+from tljax.parallel import Layout, Spread
 from tljax.phases import Phase
 from tljax.plan import Plan
 from tljax.step import Numbers, State, evaluated, init_state, make_predict_step, part, whole
@@ -43,17 +44,27 @@ class Members:
 
     With `kept` they take kept features of one pool of photographs, {"features": [views, photographs, …], "label":
     [photographs]}, and an index of it: (view, place), each [batch], or [members, batch] where `varied`. Without, they
-    take the batch itself, {"image", "label"}, which all see. `how` is "vmap" or "map".
+    take the batch itself, {"image", "label"}, which all see. `how` is "vmap" or "map". The members are laid over the
+    devices of `spread`, whose number divides theirs.
     """
 
-    def __init__(self, exp: "Experiment", layout: Layout, phase: Phase, how: str, kept: bool, varied: bool):
+    def __init__(
+        self, exp: "Experiment", layout: Layout, phase: Phase, how: str, kept: bool, varied: bool, spread: Spread
+    ):  # fmt: skip
         if varied and not kept:
             raise ValueError("members that see photographs, and not their features, share one stream")
         self.exp, self.layout, self.phase, self.plan = exp, layout, phase, phase.plan
-        self.how, self.kept, self.varied = how, kept, varied
-        self.step = jax.jit(self._step, donate_argnums=(0, 1))
-        self.logits = jax.jit(self._logits, static_argnames="varied")
-        self.pick = jax.jit(lambda mask, new, old: jax.tree.map(lambda a, b: _where(mask, a, b), new, old))
+        self.how, self.kept, self.varied, self.spread = how, kept, varied, spread
+        self.step = spread.program(
+            self._step, True, True, False, False, True, True, False, varied, donate=(0, 1)
+        )  # fmt: skip
+        self._evaluations = {
+            varied: spread.program(functools.partial(self._logits, varied=varied), True, False, False, varied)
+            for varied in (False, True)
+        }
+        self.pick = spread.program(
+            lambda mask, new, old: jax.tree.map(lambda a, b: _where(mask, a, b), new, old), True, True, True
+        )
 
     # ---- states
 
@@ -74,11 +85,12 @@ class Members:
         penalty, split = self.exp.penalty, self.plan.split
         anchor = penalty and penalty.anchor(params, fisher)
         _, shared = part(State(None, params, stats, None, None, anchor), self.plan)
-        shared = jax.device_put(shared)
+        shared = jax.device_put(shared, self.spread.shared)
         stack = lambda *leaves: np.stack(leaves)
         own = jax.tree.map(stack, *(split(params)[0] for params, _ in variables))
         moving = jax.tree.map(stack, *(self.plan.split_stats(stats)[0] for _, stats in variables))
-        return jax.jit(jax.vmap(self._begun, in_axes=(0, 0, None)))(own, moving, shared), shared
+        begun = self.spread.program(jax.vmap(self._begun, in_axes=(0, 0, None)), True, True, False)
+        return begun(own, moving, shared), shared
 
     def _begun(self, trainable: Tree, moving: Tree, shared: State) -> State:
         merge = self.plan.merge
@@ -149,11 +161,14 @@ class Members:
         seed, numbers = numbers.seed[0], numbers._replace(seed=None)
         return self._each(one, own, alive, go, numbers, None)
 
-    def _logits(self, own: State, shared: State, inputs, places=None, varied: bool = False) -> jax.Array:
+    def logits(self, own: State, shared: State, inputs, places=None, varied: bool = False) -> jax.Array:
         """Logits [members, batch, classes]: of images, or of kept features [photographs, …] at `places`.
 
         `places` are [batch], or [members, batch] where they are `varied`.
         """
+        return self._evaluations[varied](own, shared, inputs, places)
+
+    def _logits(self, own: State, shared: State, inputs, places, varied: bool) -> jax.Array:
         p, plan = self.exp.preprocessing, self.plan
         if not self.kept and plan.cut:
             inputs = self._prefix(shared, inputs)

@@ -61,10 +61,16 @@ def _size(atom) -> int:
 
 
 def free() -> int:
-    """Bytes that the first device has left; of a CPU, what the machine has."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    """Bytes that each device here has left; CPU devices have equal shares of what the machine has."""
+    devices = jax.local_devices()
+    stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return machine() // len(devices)
+
+
+def machine() -> int:
+    """Bytes of the machine's memory that nobody uses."""
     try:
         with open("/proc/meminfo") as file:
             found = dict(line.split(":", 1) for line in file)

@@ -183,6 +183,41 @@ class Layout:
         return jax.tree.map(np.asarray, tree)
 
 
+class Spread:
+    """The devices over which the members of a sweep are laid: each runs its own, and nothing passes between them."""
+
+    def __init__(self, devices: int):
+        self.devices = jax.local_devices()[:devices]
+        self.mesh = Mesh(np.array(self.devices), ("members",))
+        self.members = NamedSharding(self.mesh, PartitionSpec("members"))  # leaves [members, …]
+        self.shared = NamedSharding(self.mesh, PartitionSpec())
+
+    def each(self, count: int) -> int:
+        """How many of so many members each device runs."""
+        return -(-count // len(self.devices))
+
+    def program(self, function, *laid: bool, donate: tuple[int, ...] = ()):
+        """Jits a function; the leaves of arguments that are `laid`, and of all results, are [members, …].
+
+        Every device runs the function on its part of them, and on the whole of the other arguments.
+        """
+        specs = tuple(PartitionSpec("members") if is_laid else PartitionSpec() for is_laid in laid)
+        if len(self.devices) > 1:
+            function = jax.shard_map(
+                function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec("members"), check_vma=False
+            )
+        shardings = tuple(NamedSharding(self.mesh, spec) for spec in specs)
+        return jax.jit(function, in_shardings=shardings, out_shardings=self.members, donate_argnums=donate)
+
+
+def members_over(wanted: int, count: int) -> int:
+    """Over how many devices so many members are laid, from `config.parallel.members`. Raises UserError."""
+    there = jax.local_device_count()
+    if wanted > there:
+        raise UserError(f"config.parallel.members = {wanted}: there are {there} devices; 0 takes all there are")
+    return min(wanted or there, count)
+
+
 def memory_peak() -> int:
     """Bytes: the largest device's peak where the backend tells it, else the process's peak resident size."""
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -46,7 +46,8 @@ def generations(search: "Optuna", config: ConfigDict, folder: "Folder", say: Cal
         if trials := study.ask():
             said = False
             with study.alive(trials):
-                yield study.members(trials)
+                done = {row["number"] for row in folder.results()}
+                yield tuple(member for member in study.members(trials) if member.number not in done)
                 study.tell()
         elif others := study.running():
             if not said:

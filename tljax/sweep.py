@@ -1,7 +1,8 @@
 """Trains every point of a grid: `python -m tljax.sweep --config=configs/sweeps/seeds.py --workdir=DIR`.
 
 Members that differ in numbers, seeds and subsets of the data alone are one group: one compiled step trains all of them
-at once (`tljax.members`). Every other axis makes groups.
+at once (`tljax.members`). Every other axis makes groups. A group, or a part of one, is a unit of work: whoever runs the
+same command on the same folder takes the next that nobody has (`tljax.folder`).
 """
 
 import bisect
@@ -9,24 +10,25 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, command, data, experiment, grid, halving, members, memory, parallel, search
+from tljax import cache, claims, command, data, experiment, grid, halving, members, memory, parallel, search, workers
 from tljax import config as configs
+from tljax.claims import Claim
 from tljax.distributions import Distribution
 from tljax.errors import UserError, listing, unknown
 from tljax.experiment import Experiment
+from tljax.folder import Folder, Unit, share
 from tljax.grid import Member
 from tljax.group import Group, pools
 from tljax.patterns import matches
 from tljax.report import sweep_table, text
 from tljax.report.console import Console, quiet_libraries
-from tljax.workdir import Workdir
 
 SHARE = 0.8  # of the free memory, that a group may take
 
@@ -37,54 +39,56 @@ def main(argv: list[str]) -> int:
         argv,
         main.__doc__,
         workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
-        memory=f"bytes that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
+        memory=f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
         how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
+        launch="start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
+        workers="divide groups for so many workers (default: as many as --launch starts, else 1)",
+        wait="for units that others are at: yes (the default; takes over from who dies) or no",
+        stale=f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
     )
+    path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
+    count = int(_number("workers", flags.workers or "1", "a number of workers", r"[1-9]\d*"))
+    folder = Folder(path, _number("stale", flags.stale or str(claims.STALE), "seconds", r"\d*[1-9]\d*(\.\d*)?"))
+    if (flags.how or "auto") not in members.HOW:
+        raise unknown("--how", flags.how, members.HOW)
+    if (flags.wait or "yes") not in ("yes", "no"):
+        raise unknown("--wait", flags.wait, ("yes", "no"))
+    limit = configs.nbytes(flags.memory, "memory") if flags.memory else None
+    if flags.launch:
+        sweep = Sweep(flags.config, folder, Console(), flags.how or "auto", limit or 0)
+        return workers.launch(flags.launch, sweep, argv, SHARE)
+    workers.end_with_parent()
     quiet_libraries()
     parallel.start()
     if jax.process_count() > 1:
-        raise UserError("a sweep runs in one process: divide the grid, and give each part a --workdir of its own")
-    how = flags.how or "auto"
-    if how not in members.HOW:
-        raise unknown("--how", how, members.HOW)
-    limit = configs.nbytes(flags.memory, "memory") if flags.memory else int(SHARE * memory.free())
-    path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
-    return Sweep(flags.config, Folder(path), Console(), how, limit).run()
+        raise UserError("a sweep's workers are processes of their own: start each without JAX_COORDINATOR_ADDRESS")
+    limit = limit or int(SHARE * memory.free())
+    return Sweep(flags.config, folder, Console(), flags.how or "auto", limit, count, flags.wait != "no").run()
 
 
-class Folder(Workdir):
-    """`config.json` with its axes, `group-*.json`, `sweep.csv`, `sweep.parquet`, `curves.jsonl` and `best.py`."""
-
-    def config(self) -> ConfigDict:
-        """The config of the sweep."""
-        try:
-            return configs.from_json((self.path / "config.json").read_text())
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path / 'config.json'} cannot be used: {error}") from error
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a run, or a sweep, already."""
-        return (self.path / "config.json").exists()
-
-    def results(self) -> list[dict]:
-        """The rows of all groups that have ended, by number."""
-        rows = []
-        for file in self.path.glob("group-*.json"):
-            try:
-                rows += json.loads(file.read_text())["rows"]
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{file} cannot be read ({error}); delete it, and its members train again") from error
-        return sorted(rows, key=lambda row: row["number"])
+def _number(flag: str, value: str, expected: str, pattern: str) -> float:
+    if not re.fullmatch(pattern, value):
+        raise UserError(f"--{flag} = {value!r}: expected {expected}")
+    return float(value)
 
 
 class Sweep:
-    """A sweep from its plan to its tables; `limit` is in bytes."""
+    """A sweep from its plan to its tables; `limit` is in bytes of a device.
 
-    def __init__(self, config: ConfigDict, folder: Folder, console: Console, how: str, limit: int):
+    Groups are divided so that so many `workers` have something to do. With `wait` it is over when all members have a
+    result, else when every unit is done or another worker's.
+    """
+
+    def __init__(
+        self, config: ConfigDict, folder: Folder, console: Console, how: str, limit: int, workers: int = 1,
+        wait: bool = True,
+    ):  # fmt: skip
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
+        self.workers, self.wait = workers, wait
         self.search, self.halving = search.of(config), halving.parse(config.get("halving", ""))
         self.members = self.search.members(config)  # those of a study: what can be wrong with its members
+        self.built: dict[int, Group] = {}  # of the plan
+        self.mine = -1  # the group whose step is compiled
         for member in self.members:
             _check(member.config)
         self.made: dict[str, Group] = {}  # by what makes a group, for the generations to come
@@ -98,37 +102,52 @@ class Sweep:
         already = f"; {len(done)} are done" if done else ""
         self.console.print(f"{self.told_search()}{', '.join(self.axes())}{already}")
         with contextlib.closing(self.search.generations(self.config, self.folder, self.console.print)) as generations:
-            for generation in generations:
-                self.members = generation
-                done = {row["number"] for row in self.folder.results()}
-                self.train([member for member in generation if member.number not in done])
+            for self.members in generations:
+                self.train(self.members)
         best = self.tables()
         seconds = text.duration(time.time() - begun)
         self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
         return 0
 
-    def train(self, left: list[Member]) -> None:
-        """Trains some members, and leaves their results in the folder."""
-        say = self.console.print
-        groups = self.groups(left)
-        parts = [self.part(group) for group in groups]
-        for i, (group, size) in enumerate(zip(groups, parts), 1):
-            say(f"group {i} of {len(groups)}: {self.told(group, size)}")
-        self.folder.claim(self.config)  # now that all of it is known to make sense
-        for i in range(len(groups)):
-            group, size, groups[i] = groups[i], parts[i], None  # what it holds goes when it ends
-            together = len(group.courses) if self.halving else size  # they compete
-            for start in range(0, len(group.courses), together):
-                courses = group.courses[start : start + together]
-                if self.halving:
-                    rows = halving.train(group, courses, size, self.halving, say)
-                else:
-                    rows, *_ = group.train(courses, size, say=say)
-                name = f"group-{rows[0]['number']:05d}.json"
-                self.folder.write(name, json.dumps({"rows": rows}) + "\n")
-                self.tables()
-                seconds = text.duration(sum(row["seconds"] for row in rows))
-                say(f"group {i + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
+    # ---- units of work
+
+    def train(self, found: Sequence[Member]) -> None:
+        """Trains some members with whoever else works in the folder, and leaves their results there."""
+        units = self.folder.planned([member.number for member in found], lambda: self.plan(found))
+        known = {member.number: member for member in found}
+        share(self.folder, units, lambda *held: self.unit(*held, units, known), self.console.print, self.wait)
+        self.built, self.mine = {}, -1
+
+    def unit(self, unit: Unit, claim: Claim, units: Sequence[Unit], known: Mapping[int, Member]) -> None:
+        """Trains a unit's members, and leaves its result."""
+
+        def say(line: str) -> None:
+            self.console.print(line)
+            self.folder.log(unit, line)
+
+        parts = [other for other in units if other.group == unit.group]
+        if self.mine != unit.group:
+            self.built.pop(self.mine, None)  # what it holds goes with it
+            self.mine = unit.group
+        group = self.built.get(unit.group)
+        if group is None:
+            found = [known[number] for part in parts for number in part.numbers]
+            group = self.group(found, unit.kept)
+            say(f"group {unit.group + 1} of {units[-1].group + 1}: {self.told(group, parts)}")
+            self.built[unit.group] = group
+        rows, size = [], self.part(group, max(len(part.numbers) for part in parts))
+        anew = {course.member.number: course.anew() for course in group.courses}
+        courses = [anew[number] for number in unit.numbers]
+        if self.halving:
+            rows = halving.train(group, courses, size, self.halving, say)
+        else:
+            for start in range(0, len(courses), size):
+                rows += group.train(courses[start : start + size], size, say=say)[0]
+        if claim.lost or not self.folder.keep(unit, rows):
+            return say(f"group {unit.group + 1}: another worker has taken unit {unit.name} over, which stays its own")
+        self.tables()
+        seconds = text.duration(sum(row["seconds"] for row in rows))
+        say(f"group {unit.group + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
 
     def axes(self) -> list[str]:
         """Each axis and its number of values, or what it is drawn from."""
@@ -151,10 +170,24 @@ class Sweep:
 
     # ---- the plan
 
-    def groups(self, left: list[Member]) -> list[Group]:
-        """The groups of the members that are left."""
+    def plan(self, found: Sequence[Member]) -> list[list[Unit]]:
+        """The units of each group of members: parts that fit into memory, and something for every worker."""
+        groups = self.groups(found)
+        self.built, planned = dict(enumerate(groups)), []
+        for i, group in enumerate(groups):
+            count = len(group.members)
+            share = -(-self.workers * count // len(found))
+            size = count if self.halving else min(self.part(group, count), -(-count // share))  # they compete
+            numbers = [member.number for member in group.members]
+            planned.append([Unit(i, group.kept, tuple(numbers[j : j + size])) for j in range(0, count, size)])
+            self.console.print(f"group {i + 1} of {len(groups)}: {self.told(group, planned[-1])}")
+        self.folder.claim(self.config)  # now that all of it is known to make sense
+        return planned
+
+    def groups(self, members: Sequence[Member]) -> list[Group]:
+        """The groups of some members."""
         found = []
-        for wide in grid.grouped(left, grid.NUMBERS + grid.STREAMS):
+        for wide in grid.grouped(members, grid.NUMBERS + grid.STREAMS):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
@@ -180,11 +213,11 @@ class Sweep:
         """Bytes that a group takes at most, so many of its members at once."""
         return group.need(size) + (halving.held(group) if self.halving else 0)
 
-    def part(self, group: Group) -> int:
-        """How many members of a group are trained at once. Raises UserError where not even one fits."""
+    def part(self, group: Group, count: int) -> int:
+        """How many of so many members of a group are trained at once. Raises UserError where not even one fits."""
         if group.slots:  # compiled
             return group.slots
-        count, one = len(group.members), self.need(group, 1)
+        one = self.need(group, 1)
         if one > self.limit:
             raise UserError(
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
@@ -207,13 +240,15 @@ class Sweep:
         several = [field for field in axes if isinstance(axes[field], Distribution) or len(axes[field]) > 1]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
-    def told(self, group: Group, size: int) -> str:
-        """A group in one line."""
-        count, parts = len(group.members), -(-len(group.members) // size)
+    def told(self, group: Group, parts: Sequence[Unit]) -> str:
+        """A group, and the units that it is parted into, in one line."""
+        devices, size = len(group.spread.devices), self.part(group, max(len(part.numbers) for part in parts))
+        number = len(parts) if not self.halving else -(-len(group.members) // size)
         way = {"vmap": "at once", "map": "one by one"}[group.programs.how]
         return (
-            f"{self.name(group)}: {text.counted(count, 'member')}"
-            + (f" in {parts} parts of {size}" if parts > 1 else "")
+            f"{self.name(group)}: {text.counted(len(group.members), 'member')}"
+            + (f" in {number} parts of {size}" if number > 1 else "")
+            + (f" over {devices} devices" if devices > 1 else "")
             + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(self.need(group, size))} of "
             f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
             + (f"; {halving.told(group, self.halving)}" if self.halving else "")
@@ -223,11 +258,14 @@ class Sweep:
 
     def tables(self) -> str:
         """Writes the tables of what there is so far, and the best config. Returns a line about it."""
-        rows = self.folder.results()
-        sweep_table.write(self.folder, rows)
         space = grid.space(self.config)
         config_of = lambda row: space.config(row["fields"])
-        return sweep_table.best(self.folder, rows, self.config.metric, config_of)
+        while True:
+            finished, rows = self.folder.finished(), self.folder.results()
+            sweep_table.write(self.folder, rows)
+            best = sweep_table.best(self.folder, rows, self.config.metric, config_of)
+            if self.folder.finished() == finished:  # else another worker may have written a longer table meanwhile
+                return best
 
 
 def _check(config: ConfigDict) -> None:

@@ -21,6 +21,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike, writes: bool = True):
         self.path = Path(path)
         self.writes = writes
+        self.mark = ""  # tells apart the unfinished files of several processes that write one file
         self._events = None
 
     def claim(self, config: ConfigDict) -> None:
@@ -50,14 +51,14 @@ class Workdir:
         except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{file} cannot be used: {getattr(error, 'strerror', None) or error}") from error
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, content: str | bytes) -> None:
         """Writes a file whole: a reader, or a crash, never meets half of it."""
         if not self.writes:
             return
         with self._reported():
-            temporary = self.path / f".{name}.tmp"
-            with temporary.open("w") as file:
-                file.write(text)
+            temporary = self.path / f".{name}{self.mark}.tmp"
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path / name)

@@ -50,9 +50,9 @@ def write(folder: Workdir, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(told)
     folder.write("sweep.csv", table.getvalue())
-    temporary = folder.path / ".sweep.parquet.tmp"
-    pq.write_table(pa.table({name: [row.get(name) for row in told] for name in columns}), temporary)
-    temporary.replace(folder.path / "sweep.parquet")
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({name: [row.get(name) for row in told] for name in columns}), parquet)
+    folder.write("sweep.parquet", parquet.getvalue())
     lines = (json.dumps({"member": row["number"]} | point) + "\n" for row in rows for point in row["curve"])
     folder.write("curves.jsonl", "".join(lines))
 

@@ -1,0 +1,181 @@
+"""The folder of a sweep: its plan, a folder for each unit of work, what units have left, and the tables."""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from tljax import claims
+from tljax import config as configs
+from tljax.errors import UserError, listing
+from tljax.report import text
+from tljax.workdir import Workdir
+
+POLL = 0.5  # seconds between two looks for a unit that others have left
+
+
+class Unit(NamedTuple):
+    """Members that one worker trains: a group, or a part of one."""
+
+    group: int  # of the plan
+    kept: str  # where the features of its group are kept; "": nowhere
+    numbers: tuple[int, ...]  # of its members
+
+    @property
+    def name(self) -> str:
+        """The number of its first member, of which no other unit has one."""
+        return f"{self.numbers[0]:05d}"
+
+
+class Folder(Workdir):
+    """`config.json` with its axes, `plans/`, `units/`, `sweep.csv`, `sweep.parquet`, `curves.jsonl` and `best.py`.
+
+    A worker without a heartbeat for `stale` seconds counts as dead.
+    """
+
+    def __init__(self, path: str | os.PathLike, stale: float = claims.STALE):
+        super().__init__(path)
+        self.stale = stale
+        self.mark = f".{socket.gethostname()}-{os.getpid()}"  # several processes write the tables
+
+    def config(self) -> ConfigDict:
+        """The config of the sweep."""
+        try:
+            return configs.from_json((self.path / "config.json").read_text())
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path / 'config.json'} cannot be used: {error}") from error
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run, or a sweep, already."""
+        return (self.path / "config.json").exists()
+
+    # ---- the plan
+
+    def planned(self, numbers: Sequence[int], make: Callable[[], Sequence[Sequence[Unit]]]) -> list[Unit]:
+        """The units of the members with these numbers: decided once, by the one process that calls `make`.
+
+        `make` returns the units of each group. Of a sweep that cannot be planned no folder is left.
+        """
+        digest = hashlib.sha256(json.dumps(list(numbers)).encode()).hexdigest()[:8]
+        place = self.path / "plans" / f"{numbers[0]:05d}-{digest}"
+
+        def made() -> str:
+            groups = [{"kept": units[0].kept, "units": [unit.numbers for unit in units]} for units in make()]
+            return json.dumps({"groups": groups}) + "\n"
+
+        with self._reported():
+            try:
+                found = claims.once(place, "plan.json", made, self.stale)
+            except UserError:
+                if not self.begun:
+                    self._vanish(place)
+                raise
+        try:
+            return [
+                Unit(i, group["kept"], tuple(map(int, numbers)))
+                for i, group in enumerate(json.loads(found)["groups"])
+                for numbers in group["units"]
+            ]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{place / 'plan.json'} cannot be read ({error}); delete {self.path}") from error
+
+    def _vanish(self, place: Path) -> None:
+        """Removes what planning has left, and the folder where nothing else is in it."""
+        with contextlib.suppress(OSError):
+            for file in place.iterdir():
+                file.unlink()
+            for folder in (place, place.parent, self.path):
+                folder.rmdir()
+
+    # ---- units
+
+    def place(self, unit: Unit) -> Path:
+        """The folder of a unit: its claims, its log, and its result."""
+        return self.path / "units" / unit.name
+
+    def done(self, unit: Unit) -> bool:
+        """Whether a unit has a result."""
+        return (self.place(unit) / "result.json").exists()
+
+    def take(self, unit: Unit) -> claims.Claim | None:
+        """Claims a unit; None where another worker has it, or has done it."""
+        with self._reported():
+            claim = claims.take(self.place(unit), self.stale)
+        if claim and self.done(unit):  # by who has just ended
+            claim.__exit__()
+            return None
+        return claim
+
+    def holder(self, unit: Unit) -> dict | None:
+        """Who is at a unit (`claims.holder`)."""
+        with self._reported():
+            return claims.holder(self.place(unit), self.stale)
+
+    def keep(self, unit: Unit, rows: Sequence[dict]) -> bool:
+        """Writes what a unit has left, unless another worker did; returns whether it is this one."""
+        found = json.dumps({"worker": claims.name(), "rows": rows}) + "\n"
+        with self._reported():
+            return claims.publish(self.place(unit) / "result.json", found)
+
+    def log(self, unit: Unit, line: str) -> None:
+        """Appends a line to a unit's log."""
+        with self._reported(), (self.place(unit) / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%F %T')} {claims.name()}: {line}\n")
+
+    def finished(self) -> set[Path]:
+        """The results that there are."""
+        return set(self.path.glob("units/*/result.json"))
+
+    def results(self) -> list[dict]:
+        """The rows of all units that have ended, by number."""
+        return sorted((row for found in self._results() for row in found["rows"]), key=lambda row: row["number"])
+
+    def workers(self) -> dict[str, int]:
+        """{worker: how many units it has done}."""
+        by = [found.get("worker", "") for found in self._results()]
+        return {name: by.count(name) for name in sorted(set(by))}
+
+    def _results(self) -> list[dict]:
+        found = []
+        for file in sorted(self.finished()):
+            try:
+                found.append(json.loads(file.read_text()))
+                [row["number"] for row in found[-1]["rows"]]
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{file} cannot be read ({error}); delete it, and its members train again") from error
+        return found
+
+
+def share(folder: Folder, units: Sequence[Unit], work: Callable, say: Callable[[str], None], wait: bool = True) -> None:
+    """Does units of work together with whoever else does: `work(unit, claim)` for each that is taken here.
+
+    Taken are those of the group of the last one (what is compiled serves on), else of a group that no other worker has
+    begun. Returns when all are done or, where it does not `wait`, another worker's.
+    """
+    group, told = -1, ""
+    while left := [unit for unit in units if not folder.done(unit)]:
+        begun = {unit.group for unit in left if claims.begun(folder.place(unit))}
+        order = sorted(left, key=lambda unit: (unit.group != group, unit.group in begun))
+        taken = next(((unit, claim) for unit in order if (claim := folder.take(unit))), None)
+        if taken:
+            group = taken[0].group
+            with taken[1]:
+                work(*taken)
+            continue
+        who = [(unit, folder.holder(unit)) for unit in left]
+        held = [f"{unit.name} ({found['worker']}, since {found['since']})" for unit, found in who if found]
+        line = f"{text.counted(len(held), 'unit')} with other workers: {listing(held)}"
+        if held and line != told:
+            say(line)
+            told = line
+        if len(held) == len(left) and not wait:
+            return
+        time.sleep(POLL)
