@@ -97,6 +97,7 @@ def test_who_is_better_at_once_and_eliminated_is_not_the_best(tmp_path):
 
     row = lambda number, rate, status, nll: {
         "number": number, "fields": {"optim.lr": rate, "seed": number % 2}, "status": status, "val": {"nll": nll},
+        "test": None,
     }  # fmt: skip
     rows = [row(0, 0.1, "finished", 1.0), row(1, 0.1, "finished", 1.2), row(2, 0.2, "eliminated at step 3", 0.1)]
     rows.append(row(3, 0.2, "finished", 0.2))
@@ -122,7 +123,7 @@ def test_a_random_search_is_halved_and_a_repeated_command_finds_it_done(base, sw
     made = base({"optim.lr": "loguniform(1e-6, 1e-1)", "seed": (0, 7)}, strategy="frozen()", train_for="4 steps")
     made.search, made.halving = "random(3, seed=1)", "halving(rungs=1)"
     found, said, _ = sweeps(made)
-    assert said[0].startswith("random(3, seed=1), 2 × 3 members: optim.lr from loguniform(1e-06, 0.1), 2 × seed")
+    assert said[0].startswith("random(3, seed=1), 6 members: optim.lr from loguniform(1e-06, 0.1), 2 × seed")
     assert sorted(row["steps"] for row in found.values()) == [2, 2, 4, 4, 4, 4]
     again, said, _ = sweeps(made)
     assert again == found

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from tljax.config import flatten
 from tljax.data import Dataset
 from tljax.grid import Member
+
+# What a reader of the table asks for of every run, an axis or not.
+TOLD = (
+    "model", "weights", "strategy", "optim.lr", "optim.weight_decay", "label_smoothing", "batch_size", "train_for",
+    "data.limit", "data.val", "data.fold_seed", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -64,8 +71,10 @@ def row(course: Course, steps: dict[str, np.ndarray], figures: dict[str, dict | 
             start = step
         if step in course.evaluations:
             curve.append(place | {f"val/{name}": value for name, value in course.evaluations[step].items()})
+    given, dataset = flatten(course.member.config), course.dataset
     return {
-        "number": course.member.number, "fields": course.member.fields,
+        "number": course.member.number, "fields": course.member.fields, "config": {name: given[name] for name in TOLD},
+        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "status": f"diverged at step {course.diverged}" if course.diverged else status,
         "steps": course.step, "epochs": round(course.step / course.per_epoch, 3), "best": course.best,
         **figures, "curve": curve,

@@ -26,7 +26,7 @@ class Member(NamedTuple):
     """One run of a sweep: its number in the grid, its place on each axis, and its whole config."""
 
     number: int
-    fields: dict[str, Any]  # {axis: value}
+    fields: dict[str, Any]  # {field or label of an axis: value}
     config: ConfigDict
 
     def key(self, free: Iterable[str]) -> str:
@@ -43,12 +43,12 @@ class Space(NamedTuple):
     @property
     def searched(self) -> dict[str, tuple | Distribution]:
         """The axes that make another experiment, and not another run of the same."""
-        return {field: values for field, values in self.axes.items() if field not in REPEATS}
+        return {axis: values for axis, values in self.axes.items() if not set(names(axis)) <= set(REPEATS)}
 
     @property
     def repeats(self) -> list[dict[str, Any]]:
         """The combinations of the other axes."""
-        axes = {field: values for field, values in self.axes.items() if field in REPEATS}
+        axes = {axis: values for axis, values in self.axes.items() if axis not in self.searched}
         return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
     def member(self, number: int, point: Mapping[str, Any]) -> Member:
@@ -70,6 +70,8 @@ class Space(NamedTuple):
 def axes(values: Mapping[str, Sequence | Distribution | str]) -> ConfigDict:
     """`config.sweep` from {dotted field: values}, as `axes({"optim.lr": (1e-3, 1e-2), "seed": range(3)})`.
 
+    An axis over several fields at once names them all, and its values are tuples: `{"strategy, optim.lr": (("frozen()",
+    0.01), ("full()", 1e-3))}`. A name that begins with `#` is no field: it labels the axis' values for those who read.
     It is nested as the config is, so that `--config.sweep.optim.lr="(1e-3,)"` changes it. For a search an axis can be a
     distribution, or its text: `axes({"optim.lr": loguniform(1e-4, 1e-1)})`.
     """
@@ -82,6 +84,29 @@ def axes(values: Mapping[str, Sequence | Distribution | str]) -> ConfigDict:
         given = str(given) if isinstance(given, Distribution) else given
         place[name] = tuple(given) if isinstance(given, range | list) else given
     return ConfigDict(nested)
+
+
+def names(axis: str) -> tuple[str, ...]:
+    """The fields that an axis sets at once, and its labels: `("#recipe", "strategy", "optim.lr")`; mostly one field."""
+    return tuple(name.strip() for name in axis.split(","))
+
+
+def telling(axes: Mapping[str, tuple | Distribution]) -> dict[str, tuple | Distribution]:
+    """{what tells a sweep's members apart: values}: the labels of an axis that has some, else its fields.
+
+    Labels stand without their `#`, as in the fields of a member.
+    """
+    found = {}
+    for axis, values in axes.items():
+        labels = [name[1:] for name in names(axis) if name.startswith("#")]
+        found |= dict.fromkeys(labels or names(axis), values)
+    return found
+
+
+def told(axes: Mapping[str, tuple | Distribution]) -> list[str]:
+    """Each axis with its number of values, or what it is drawn from."""
+    say = lambda name, v: f"{name} from {v}" if isinstance(v, Distribution) else f"{len(v)} × {name}"
+    return [say(name, values) for name, values in telling(axes).items()]
 
 
 def space(config: ConfigDict) -> Space:
@@ -98,37 +123,13 @@ def space(config: ConfigDict) -> Space:
     known, found = configs.flatten(base), configs.flatten(given)
     if not found:
         raise UserError("config.sweep is empty: give it an axis, as axes({'optim.lr': (1e-3, 1e-2)})")
-    for field, values in found.items():
-        if field not in known:
-            raise unknown("axis", field, known)
-        found[field] = values = _values(field, values, known[field])
-        if isinstance(values, Distribution):
-            continue
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        if twice:
-            raise UserError(f"axis {field} has {twice[0]!r} twice")
+    for axis, values in found.items():
+        found[axis] = _values(axis, values, known)
+    several = [name.removeprefix("#") for axis in found for name in names(axis)]
+    for name in several:
+        if several.count(name) > 1:
+            raise UserError(f"config.sweep has two axes over {name}")
     return Space(base, found)
-
-
-def _values(field: str, given: Any, like: Any) -> tuple | Distribution:
-    """An axis as it is meant: a command line can only make tuples of tuples, and texts of texts."""
-    if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], str) and not isinstance(like, str):
-        given = given[0] if given[0].partition("(")[0] in DISTRIBUTIONS else given
-    if isinstance(given, str) and given.startswith("("):
-        try:
-            given = ast.literal_eval(given)
-        except (ValueError, SyntaxError):
-            raise UserError(f"axis {field} = {given!r}: expected a tuple of values, as ({like!r},)") from None
-    if isinstance(given, str) and not isinstance(like, str):
-        found = distributions.parse(given)
-        if field in REPEATS:
-            raise UserError(f"axis {field} = {given!r}: runs that differ in it repeat one setting; give it values")
-        if not distributions.fits(found, like):
-            raise UserError(f"axis {field} = {given!r}: draws no {type(like).__name__}, as {like!r}")
-        return found
-    if not isinstance(given, tuple | list) or not given:
-        raise UserError(f"axis {field} = {given!r}: expected a tuple of values, as ({like!r},)")
-    return tuple(given)
 
 
 def members(config: ConfigDict) -> tuple[Member, ...]:
@@ -144,8 +145,48 @@ def members(config: ConfigDict) -> tuple[Member, ...]:
     return tuple(_member(i, found.base, dict(zip(found.axes, values))) for i, values in enumerate(combinations))
 
 
-def _member(number: int, base: ConfigDict, fields: dict[str, Any]) -> Member:
-    whole = base.to_dict()
+def _values(axis: str, given: Any, known: dict[str, Any]) -> tuple | Distribution:
+    """An axis as it is meant: a command line can only make tuples of tuples, and texts of texts."""
+    fields = names(axis)
+    for field in fields:
+        if field not in known and not field.startswith("#"):
+            raise unknown("axis", field, known)
+        if field.startswith("#") and (field[1:] in known or field == "#"):
+            raise UserError(f"axis {axis}: the label {field!r} needs a name that is no field's")
+    if all(field.startswith("#") for field in fields):
+        raise UserError(f"axis {axis} has labels alone: name the fields that it sets")
+    like = tuple(known.get(field, "label") for field in fields)
+    expected = f"expected a tuple of values, as {like if len(like) < 2 else (like,)!r}"
+    if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], str) and not isinstance(like[0], str):
+        given = given[0] if given[0].partition("(")[0] in DISTRIBUTIONS else given
+    if isinstance(given, str) and given.startswith("("):
+        try:
+            given = ast.literal_eval(given)
+        except (ValueError, SyntaxError):
+            raise UserError(f"axis {axis} = {given!r}: {expected}") from None
+    if isinstance(given, str) and len(fields) == 1 and not isinstance(like[0], str):
+        found = distributions.parse(given)
+        if axis in REPEATS:
+            raise UserError(f"axis {axis} = {given!r}: runs that differ in it repeat one setting; give it values")
+        if not distributions.fits(found, like[0]):
+            raise UserError(f"axis {axis} = {given!r}: draws no {type(like[0]).__name__}, as {like[0]!r}")
+        return found
+    if not isinstance(given, tuple | list) or not given:
+        raise UserError(f"axis {axis} = {given!r}: {expected}")
+    for value in given if len(fields) > 1 else ():
+        if not isinstance(value, tuple | list) or len(value) != len(fields):
+            raise UserError(f"axis {axis}: {value!r} is no tuple of {len(fields)} values")
+    twice = [value for i, value in enumerate(given) if value in given[:i]]
+    if twice:
+        raise UserError(f"axis {axis} has {twice[0]!r} twice")
+    return tuple(given)
+
+
+def _member(number: int, base: ConfigDict, point: dict[str, Any]) -> Member:
+    whole, fields = base.to_dict(), {}
+    for axis, value in point.items():
+        fields |= dict(zip(names(axis), value)) if "," in axis else {axis: value}
+    labels = {name[1:]: fields.pop(name) for name in list(fields) if name.startswith("#")}
     for field, value in fields.items():
         *groups, name = field.split(".")
         place = whole
@@ -159,7 +200,7 @@ def _member(number: int, base: ConfigDict, fields: dict[str, Any]) -> Member:
         configs.check(config)
     except UserError as error:
         raise UserError(f"config.sweep: {error}") from None
-    return Member(number, fields, config)
+    return Member(number, labels | fields, config)
 
 
 def setting(fields: Mapping[str, Any]) -> str:

@@ -105,8 +105,10 @@ class Group:
     def train(self, courses: Sequence[Course], size: int, say: Callable = print):
         """Trains some members, filled up to `size`, and to a multiple of the devices. Returns (rows, own, shared).
 
-        A row is {"number", "fields", "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and
-        "test": figures or None, "seconds": its share, "curve": rows as those of metrics.jsonl}.
+        A row is {"number", "fields", "config": {field: value} of what readers ask for, "n_train" and others: numbers of
+        photographs, "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and "test": figures
+        or None, "seconds": its share, "group": the group's first member, "how", "kept", "curve": rows as those of
+        metrics.jsonl}.
         """
         begun = time.time()
         filled = self.filled(courses, size)
@@ -119,7 +121,12 @@ class Group:
             row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
             for k, course in enumerate(courses)
         ]
-        return [told | {"seconds": round(seconds, 3)} for told in rows], own, shared
+        return [told | {"seconds": round(seconds, 3)} | self.ways for told in rows], own, shared
+
+    @property
+    def ways(self) -> dict:
+        """What a row tells of its group."""
+        return {"group": self.members[0].number, "how": self.programs.how, "kept": self.kept}
 
     def filled(self, courses: Sequence[Course], size: int) -> list[Course]:
         """Members of a compiled step with so many slots; the last one again in those that are left."""

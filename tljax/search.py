@@ -32,6 +32,9 @@ class Search(Protocol):
     def members(self, config: ConfigDict) -> tuple[Member, ...]:
         """Members that show what can be wrong with a sweep's config: all that are known before any is trained."""
 
+    def count(self, config: ConfigDict) -> int:
+        """How many members there are, or will be."""
+
     def generations(self, config: ConfigDict, folder: "Folder", say: Callable) -> Iterator[tuple[Member, ...]]:
         """The members to train, some at a time; when the next are asked for, these have their rows in the folder."""
 
@@ -46,9 +49,23 @@ class _AtOnce:
         yield self.members(config)
 
 
+class _Settings:
+    """A search of so many settings."""
+
+    n: int
+
+    def count(self, config: ConfigDict) -> int:
+        """How many members there will be."""
+        return self.n * len(grid.space(config).repeats)
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid(_AtOnce):
     """Every combination of the axes' values."""
+
+    def count(self, config: ConfigDict) -> int:
+        """How many there are."""
+        return math.prod(map(len, grid.space(config).axes.values()))
 
     def members(self, config: ConfigDict) -> tuple[Member, ...]:
         """All, as `grid.members`."""
@@ -56,7 +73,7 @@ class Grid(_AtOnce):
 
 
 @dataclasses.dataclass(frozen=True)
-class Random(_AtOnce):
+class Random(_Settings, _AtOnce):
     """`n` settings, none twice, each axis drawn for itself (Bergstra & Bengio 2012). More begin with the same."""
 
     n: int
@@ -80,7 +97,7 @@ class Random(_AtOnce):
 
 
 @dataclasses.dataclass(frozen=True)
-class Optuna:
+class Optuna(_Settings):
     """`n` settings in generations, each suggested by the figures of those before (Akiba et al. 2019).
 
     Several machines share one study through its `storage`, a URL as sqlite:///FILE or postgresql://…, by default a file

@@ -27,7 +27,7 @@ from tljax.folder import Folder, Unit, share
 from tljax.grid import Member
 from tljax.group import Group, pools
 from tljax.patterns import matches
-from tljax.report import sweep_table, text
+from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
 SHARE = 0.8  # of the free memory, that a group may take
@@ -84,7 +84,7 @@ class Sweep:
         wait: bool = True,
     ):  # fmt: skip
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
-        self.workers, self.wait = workers, wait
+        self.workers, self.wait, self.page = workers, wait, sweep_page.Page(folder, config)
         self.search, self.halving = search.of(config), halving.parse(config.get("halving", ""))
         self.members = self.search.members(config)  # those of a study: what can be wrong with its members
         self.built: dict[int, Group] = {}  # of the plan
@@ -100,11 +100,12 @@ class Sweep:
             self.folder.claim(self.config)
         done = self.folder.results()
         already = f"; {len(done)} are done" if done else ""
-        self.console.print(f"{self.told_search()}{', '.join(self.axes())}{already}")
+        axes = ", ".join(grid.told(grid.space(self.config).axes))
+        self.console.print(f"{self.told_search()}{axes}{already}")
         with contextlib.closing(self.search.generations(self.config, self.folder, self.console.print)) as generations:
             for self.members in generations:
                 self.train(self.members)
-        best = self.tables()
+        best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
         self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
         return 0
@@ -149,18 +150,10 @@ class Sweep:
         seconds = text.duration(sum(row["seconds"] for row in rows))
         say(f"group {unit.group + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
 
-    def axes(self) -> list[str]:
-        """Each axis and its number of values, or what it is drawn from."""
-        told = lambda field, v: f"{field} from {v}" if isinstance(v, Distribution) else f"{len(v)} × {field}"
-        return [told(field, values) for field, values in grid.space(self.config).axes.items()]
-
     def told_search(self) -> str:
         """How many members there are, and how they are chosen."""
-        if not self.config.get("search", ""):
-            return f"{text.counted(len(self.members), 'member')}: "
-        repeats = len(grid.space(self.config).repeats)
-        of = f", {repeats} × {self.search.n} members" if repeats > 1 else f", {text.counted(self.search.n, 'member')}"
-        return f"{self.config.search}{of}: "
+        count = text.counted(self.search.count(self.config), "member")
+        return f"{self.config.search}, {count}: " if self.config.get("search", "") else f"{count}: "
 
     @functools.cached_property
     def dataset(self):
@@ -236,8 +229,8 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        axes = grid.space(self.config).axes
-        several = [field for field in axes if isinstance(axes[field], Distribution) or len(axes[field]) > 1]
+        axes = grid.telling(grid.space(self.config).axes)
+        several = [name for name, values in axes.items() if isinstance(values, Distribution) or len(values) > 1]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, parts: Sequence[Unit]) -> str:
@@ -256,8 +249,8 @@ class Sweep:
 
     # ---- the end
 
-    def tables(self) -> str:
-        """Writes the tables of what there is so far, and the best config. Returns a line about it."""
+    def tables(self, last: bool = False) -> str:
+        """Writes the tables of what there is so far, the best config and the page. Returns a line about the best."""
         space = grid.space(self.config)
         config_of = lambda row: space.config(row["fields"])
         while True:
@@ -265,7 +258,9 @@ class Sweep:
             sweep_table.write(self.folder, rows)
             best = sweep_table.best(self.folder, rows, self.config.metric, config_of)
             if self.folder.finished() == finished:  # else another worker may have written a longer table meanwhile
-                return best
+                break
+        self.page.write(rows, self.search.count(self.config), last)
+        return best
 
 
 def _check(config: ConfigDict) -> None:
