@@ -148,6 +148,19 @@ def test_adapters_are_their_solo_runs(base, sweeps, solo):
     check(sweeps(made), made, solo, (3,))
 
 
+def test_layer_decay_and_dropout_are_numbers(base, sweeps, solo, caplog):
+    """Plans that differ in their multipliers alone are of one kind: one group, one compiled step."""
+    decays = ("layerwise_decay(rate=0.5)", "layerwise_decay(rate=0.9)")
+    made = base({"strategy": (*decays, "frozen()"), "drop_rate": (0.0, 0.4)}, train_for="4 steps")
+    groups = sweep.Sweep(made, None, Console(enabled=False), "auto", 0).groups(list(grid.members(made)))
+    assert [[member.number for member in found.members] for found in groups] == [[0, 1, 3, 4], [2, 5]]
+    with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
+        found = sweeps(made)
+    assert compiled(caplog) == 2
+    check(found, made, solo, (1, 3, 5))
+    assert found[1][0]["test"]["nll"] != found[4][0]["test"]["nll"]
+
+
 def test_folds_and_sizes_of_the_training_set_are_their_solo_runs(base, sweeps, solo):
     axes = {"data.val": ("fold:1/3", "fold:3/3"), "data.limit": (3, 6), "seed": (0, 1)}
     made = base(axes, strategy="frozen()", train_for="3 epochs", eval_every="1 epochs")
@@ -251,7 +264,7 @@ def test_a_killed_sweep_goes_on_at_the_first_group_that_has_not_ended(base, swee
 def test_who_shares_what():
     """Seeds share a group where nothing frozen is drawn from them, and see photographs of their own on features."""
     made = get_config()
-    made.sweep = grid.axes({"seed": range(3), "optim.lr": (0.1, 0.2), "drop_rate": (0.0, 0.1)})
+    made.sweep = grid.axes({"seed": range(3), "optim.lr": (0.1, 0.2), "drop_path_rate": (0.0, 0.1)})
     found = grid.members(made)
     assert len({json.dumps(config.to_json(member.config)) for member in found}) == 12
     sizes = lambda free: [len(part) for part in grid.grouped(found, free)]

@@ -9,6 +9,7 @@ import numpy as np
 from tljax.config import flatten
 from tljax.data import Dataset
 from tljax.grid import Member
+from tljax.step import Numbers
 
 # What a reader of the table asks for of every run, an axis or not.
 TOLD = (
@@ -26,6 +27,7 @@ class Course:
     total: int  # steps
     per_epoch: float
     rates: np.ndarray  # float32 [total]: the learning rate of each step
+    numbers: Numbers  # the others; their lr is the peak
     every: dict[str, int]  # steps from one log, and one eval, to the next
     step: int = 0  # updates done
     diverged: int = 0  # the step whose loss was not finite; 0: none was

@@ -81,6 +81,14 @@ class Experiment:
         """The config's model on one device, for so many classes."""
         return _model(self.config, num_classes)
 
+    def plan_of(self, strategy: strategies.Strategy) -> plans.Plan:
+        """The plan of a strategy for this model. Its adapters, if it has any, have to be the model's."""
+        config = self.config
+        return plans.build(
+            strategy(self.model.stages), self.shapes["params"], self.shapes["batch_stats"], self.model.stages,
+            config.optim.no_decay, config.norm_stats,
+        )  # fmt: skip
+
     def in_time(self, examples: int) -> tuple[phases.Phase, ...]:
         """The phases in steps, for so many training examples."""
         return phases.resolve(self.plans, *total_steps(self.config, examples))
@@ -102,8 +110,9 @@ class Experiment:
     def train_step(self, plan: plans.Plan, tx, layout: Layout, numbers: Numbers | None = None, **more):
         """`make_train_step` as the config says, under one of its plans; `numbers` as in `optimizer`."""
         config, p, numbers = self.config, self.preprocessing, numbers or numbers_of(self.config)
+        model = self.model if numbers.drop_rate is None else self.model.clone(drop_rate=numbers.drop_rate)
         return make_train_step(
-            self.model, plan, tx, mean=p.mean, std=p.std, num_classes=self.model.num_classes,
+            model, plan, tx, mean=p.mean, std=p.std, num_classes=self.model.num_classes,
             smoothing=numbers.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
             ema=config.ema, accumulate=config.optim.accumulate, seed=numbers.seed, axis_name=layout.axis_name,
             penalty=self.penalty, **more,
@@ -208,11 +217,9 @@ def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | Non
         model = adapters.adapt(model, wanted, example)
     shapes = models.shapes(model, size=seen.size)
     weights.check(card, config.model, plans.paths(_own(model, shapes)), config.reset, config.resize)
-    resolve = lambda rules: plans.build(
-        rules, shapes["params"], shapes["batch_stats"], model.stages, config.optim.no_decay, config.norm_stats
-    )
-    timed = tuple((length, resolve(strategy(model.stages))) for length, strategy in pairs)
-    experiment = Experiment(config, model, card, seen, shapes, timed, named)
+    experiment = Experiment(config, model, card, seen, shapes, (), named)
+    timed = tuple((length, experiment.plan_of(strategy)) for length, strategy in pairs)
+    experiment = dataclasses.replace(experiment, plans=timed)
     _ = experiment.penalty  # its mistakes are told now
     return experiment
 

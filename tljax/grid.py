@@ -14,7 +14,9 @@ from tljax.distributions import DISTRIBUTIONS, Distribution
 from tljax.errors import UserError, unknown
 
 # What a step takes as numbers: members that differ in these alone share a compiled step, whatever they train on.
-NUMBERS = ("optim.lr", "optim.weight_decay", "optim.schedule", "optim.warmup", "label_smoothing", "train_for")
+NUMBERS = (
+    "optim.lr", "optim.weight_decay", "optim.schedule", "optim.warmup", "label_smoothing", "drop_rate", "train_for"
+)  # fmt: skip
 # What makes another stream of the same photographs: shared only where their features are kept.
 STREAMS = ("seed", "data.limit", "data.val", "data.fold_seed")
 REPEATS = ("seed", "data.val", "data.fold_seed")  # runs that differ in these alone repeat one experiment

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax import cache, data, experiment, fisher, memory
+from tljax import cache, data, experiment, fisher, memory, strategies
 from tljax import config as configs
 from tljax.course import Course, fetched, row
 from tljax.data import Dataset, Split
@@ -19,7 +19,7 @@ from tljax.grid import Member
 from tljax.members import Members, choose
 from tljax.parallel import Layout, Spread, members_over
 from tljax.report import metrics
-from tljax.step import Numbers, State, numbers_of
+from tljax.step import State, numbers_of
 
 Tree = Any
 PLAIN = configs.ConfigDict({"mode": "jit", "fsdp": 1})
@@ -27,7 +27,10 @@ SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
 
 
 class Group:
-    """Members, with the data set of each, that differ in `grid.NUMBERS` and, on kept features, in `grid.STREAMS`."""
+    """Members, with the data set of each, that one compiled step trains.
+
+    They differ in `grid.NUMBERS`, in strategies whose plans are of one kind and, on kept features, in `grid.STREAMS`.
+    """
 
     def __init__(self, members: Sequence[Member], datasets: Sequence[Dataset], how: str = "auto", kept: str = ""):
         self.members, self.datasets = tuple(members), tuple(datasets)
@@ -35,6 +38,9 @@ class Group:
         config = max((member.config for member in members), key=lambda config: config.optim.weight_decay)
         self.layout = Layout(PLAIN, config.batch_size, config.optim.accumulate, devices=1)
         self.exp = experiment.build(config, self.datasets[0].classes, self.layout)
+        rates = {self._drop_rate(member.config) for member in members}
+        self.drops = len(rates) > 1  # else the model's own will do
+        self.plan_of = functools.cache(lambda strategy: self.exp.plan_of(strategies.parse(strategy)))
         self.courses = [self._course(m, d) for m, d in zip(self.members, self.datasets)]
         longest = max(self.courses, key=lambda course: course.total)
         self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
@@ -60,8 +66,10 @@ class Group:
     def _shared(self) -> tuple:
         """What of its members a group's program and features depend on."""
         rows = [(name, split.rows.tobytes()) for name, split in self.pools.items()]
+        drops = self.drops or self.exp.config.drop_rate
         decays = self.exp.config.optim.weight_decay > 0
-        return self.kept, self.views, self.programs.varied, self.programs.how, decays, rows
+        way = (self.kept, self.views, self.programs.varied, self.programs.how, len(self.spread.devices))
+        return *way, drops, decays, self.phase.plan.kind, getattr(self.exp.model, "adapters", ()), rows
 
     def _course(self, member: Member, dataset: Dataset) -> Course:
         config, n = member.config, len(dataset.train)
@@ -74,7 +82,13 @@ class Group:
             name: max(1, configs.duration(config[f"{name}_every"], per_epoch, f"{name}_every"))
             for name in ("log", "eval")
         }
-        return Course(member, dataset, total, per_epoch, np.broadcast_to(rates, total), every)
+        multipliers = np.array([leaf.multiplier for leaf in self.plan_of(config.strategy).trainable], np.float32)
+        drop_rate = np.float32(self._drop_rate(config)) if self.drops else None
+        numbers = numbers_of(config)._replace(multipliers=multipliers, drop_rate=drop_rate)
+        return Course(member, dataset, total, per_epoch, np.broadcast_to(rates, total), numbers, every)
+
+    def _drop_rate(self, config: configs.ConfigDict) -> float:
+        return dataclasses.replace(self.exp, config=config).plain_model(self.exp.model.num_classes).drop_rate
 
     # ---- what it needs
 
@@ -85,7 +99,7 @@ class Group:
         shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
         batch, size = self.layout.batch_size, self.exp.preprocessing.size
         flags = shaped(np.bool_, count)
-        numbers = Numbers(*(shaped(np.float32, count),) * 3, shaped(np.uint32, count))
+        numbers = jax.tree.map(lambda x: shaped(x.dtype, count, *x.shape), self.courses[0].numbers)
         if self.kept:
             like = self.exp.features(self.phase.plan)
             pool = len(self.pools["train"])
@@ -175,7 +189,7 @@ class Group:
         rates = np.zeros((total, len(filled)), np.float32)
         for k, course in enumerate(courses):
             rates[: course.total, k] = course.rates
-        numbers = Numbers(*map(np.stack, zip(*(numbers_of(course.member.config) for course in filled))))
+        numbers = jax.tree.map(lambda *each: np.stack(each), *(course.numbers for course in filled))
         alive, go = np.ones(len(filled), bool), np.zeros(len(filled), bool)
         done, pending = [], []
         if self.exp.config.select == "best" and best is None:

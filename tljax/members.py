@@ -113,7 +113,9 @@ class Members:
     def _optimizer(self, numbers: Numbers | None = None):
         """The optimizer at one step: `numbers.lr` is the schedule's value there, not its peak."""
         rate, decay = (numbers.lr, numbers.weight_decay) if numbers else (0.0, None)
-        return optim.optimizer(self.plan, self.exp.config.optim, lambda _: rate, self.phase.births, decay)
+        multipliers = numbers.multipliers if numbers else np.ones(len(self.plan.trainable), np.float32)
+        config = self.exp.config.optim
+        return optim.optimizer(self.plan, config, lambda _: rate, self.phase.births, decay, multipliers)
 
     # ---- programs
 
@@ -150,9 +152,17 @@ class Members:
                 seen, numbers = batch, numbers._replace(seed=seed)
             tx = self._optimizer(numbers)
             update = self.exp.train_step(plan, tx, self.layout, numbers, start=start, mix_at=mix_at)
-            state, metrics = update(whole(own._replace(step=step), shared, plan), seen)
+
+            def updated(own):
+                state, metrics = update(whole(own._replace(step=step), shared, plan), seen)
+                return part(state, plan)[0]._replace(step=None), metrics
+
+            if self.how == "map":  # who is over takes no time
+                nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(updated, own)[1])
+                new, metrics = jax.lax.cond(alive & go, updated, lambda own: (own, nothing), own)
+            else:
+                new, metrics = updated(own)
             alive = alive & (jnp.isfinite(metrics["loss"]) | ~go)
-            new = part(state, plan)[0]._replace(step=None)
             return jax.tree.map(lambda a, b: jnp.where(alive & go, a, b), new, own), alive, metrics
 
         if self.varied:

@@ -44,8 +44,17 @@ def learning_rate(
     return optax.join_schedules([rising, after], [warmup])
 
 
-def scales(plan: Plan, trainable_only: bool = True) -> optax.GradientTransformation:
-    """Multiplies each leaf's update by its multiplier: `multi_transform` over the plan's labels."""
+def scales(
+    plan: Plan, trainable_only: bool = True, multipliers: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Multiplies each leaf's update by its multiplier: `multi_transform` over the plan's labels.
+
+    `multipliers`, one for each trainable leaf, may be traced; they take the place of the plan's.
+    """
+    if multipliers is not None:
+        each = iter(range(len(plan.trainable)))
+        places = plan.tree(lambda leaf: next(each), trainable_only=True)
+        return optax.stateless(lambda updates, _: jax.tree.map(lambda u, i: u * multipliers[i], updates, places))
     labels = plan.tree(lambda leaf: leaf.label, trainable_only)
     multipliers = {leaf.label: leaf.multiplier for leaf in plan.leaves if leaf.multiplier or not trainable_only}
     return _by_label({label: optax.scale(m) if m else optax.set_to_zero() for label, m in multipliers.items()}, labels)
@@ -78,15 +87,15 @@ def by_age(plan: Plan, births: dict[str, int], core: Callable[[], optax.Gradient
 
 def optimizer(
     plan: Plan, config: ConfigDict, schedule: optax.Schedule, births: dict[str, int] | None = None,
-    weight_decay: float | jax.Array | None = None,
+    weight_decay: float | jax.Array | None = None, multipliers: jax.Array | None = None,
 ) -> optax.GradientTransformation:  # fmt: skip
     """One chain over the trainable part of the parameters (`plan.split(params)[0]`).
 
     Clip by the global norm; the core (Adam, Loshchilov & Hutter's AdamW when decayed; SGD with momentum; LAMB,
     You et al. 2020); decoupled weight decay by the plan's decay flags; the multipliers; the schedule. So decay
     scales with the multiplier, and there is one clip for everything that trains. `config` is `config.optim`;
-    `births`: the step at which each leaf began to train, where there are phases (`tljax.phases`); `weight_decay` takes
-    the place of the config's, and may be traced.
+    `births`: the step at which each leaf began to train, where there are phases (`tljax.phases`); `weight_decay` and
+    `multipliers` (of the leaves that train) take the place of the config's and the plan's, and may be traced.
     """
     weight_decay = config.weight_decay if weight_decay is None else weight_decay
     adam = lambda eps: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=eps)
@@ -101,7 +110,7 @@ def optimizer(
         by_age(plan, births or {}, core),
         *([optax.add_decayed_weights(weight_decay, decay)] if config.weight_decay else []),
         *after_decay,
-        scales(plan),
+        scales(plan, multipliers=multipliers),
         optax.scale_by_learning_rate(schedule),
     )
 

@@ -198,6 +198,12 @@ class Plan:
         return digests({path: values[path] for path in self.frozen})
 
     @property
+    def kind(self) -> str:
+        """SHA-256 over what a compiled step depends on: plans of one kind differ in their multipliers alone."""
+        trains = {leaf.path: f"{leaf.shape} {bool(leaf.multiplier)} {leaf.decay}" for leaf in self.leaves}
+        return combined(trains | {f"batch_stats/{norm}": "moves" for norm in self.live_norms})
+
+    @property
     def digest(self) -> str:
         """SHA-256 over what the plan decides: path, shape, multiplier and decay of every leaf.
 

@@ -30,6 +30,8 @@ class Numbers(NamedTuple):
     weight_decay: Any  # float32
     label_smoothing: Any  # float32
     seed: Any  # uint32
+    multipliers: Any = None  # float32, one for each leaf that trains, in their order; None: the plan's
+    drop_rate: Any = None  # float32, of the dropout before the head; None: the model's
 
 
 def numbers_of(config) -> Numbers:

@@ -17,7 +17,21 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, claims, command, data, experiment, grid, halving, members, memory, parallel, search, workers
+from tljax import (
+    cache,
+    claims,
+    command,
+    data,
+    experiment,
+    grid,
+    halving,
+    members,
+    memory,
+    parallel,
+    search,
+    strategies,
+    workers,
+)
 from tljax import config as configs
 from tljax.claims import Claim
 from tljax.distributions import Distribution
@@ -180,12 +194,12 @@ class Sweep:
     def groups(self, members: Sequence[Member]) -> list[Group]:
         """The groups of some members."""
         found = []
-        for wide in grid.grouped(members, grid.NUMBERS + grid.STREAMS):
+        for wide in self.wide(members):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
             kept, said = _keep(exp, datasets)
-            free = grid.NUMBERS + (grid.STREAMS if kept else ())
+            free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
             if _draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
@@ -193,11 +207,30 @@ class Sweep:
                 found.append(self.group(part, kept))
         return found
 
+    def wide(self, members: Sequence[Member]) -> list[tuple[Member, ...]]:
+        """Members that one compiled step can train if their photographs allow it.
+
+        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
+        """
+        found = []
+        for alike in grid.grouped(members, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
+            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
+            kinds = {text: text for text in parsed}  # adapters make another model
+            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
+            if len({member.config.strategy for member in plain}) > 1:
+                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
+                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
+            groups: dict[str, list[Member]] = {}
+            for member in alike:
+                groups.setdefault(kinds[member.config.strategy], []).append(member)
+            found += map(tuple, groups.values())
+        return found
+
     def group(self, found: Sequence[Member], kept: str) -> Group:
         """The group of some members; it goes on with what that of an earlier generation has compiled and computed."""
         made = Group(found, [self.dataset(member) for member in found], self.how, kept)
         if self.search.again:
-            key = found[0].key(grid.NUMBERS + grid.STREAMS)
+            key = found[0].key((*grid.NUMBERS, *grid.STREAMS, "strategy")) + made.phase.plan.kind
             made.adopt(self.made.get(key))
             self.made[key] = made
         return made

@@ -282,6 +282,11 @@ def norm(common: Common, name: str) -> nn.Module:
     return NORMS[common.norm](common, name=name)
 
 
+def drops(rate: float | jax.Array) -> bool:
+    """Whether there is anything to draw: a rate may be traced."""
+    return isinstance(rate, jax.Array) or rate > 0
+
+
 def drop(module: nn.Module, x: jax.Array, rate: float, axis_name: str | None, *, whole: bool = False) -> jax.Array:
     """Dropout (Srivastava et al. 2014) or, if `whole`, of examples: stochastic depth (Huang et al. 2016).
 
@@ -311,6 +316,6 @@ class Head(nn.Module):
         shape = (x.shape[-1], self.classes)
         kernel = self.param("kernel", normal, shape, c.param_dtype, (1 / x.shape[-1]) ** 0.5)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), c.param_dtype)
-        if self.drop_rate and "/".join(self.path) in live:
+        if drops(self.drop_rate) and "/".join(self.path) in live:
             x = drop(self, x, self.drop_rate, c.axis_name)
         return (x.astype(c.dtype) @ kernel.astype(c.dtype)).astype(jnp.float32) + bias.astype(jnp.float32)

@@ -92,7 +92,7 @@ class Hidden(nn.Module):
             # Channels first: the order in which the published kernels count.
             x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
         x = jax.nn.relu(layers.Dense(self.common, self.features, name="dense")(x))
-        if self.drop_rate and "/".join(self.path) in live:
+        if layers.drops(self.drop_rate) and "/".join(self.path) in live:
             x = layers.drop(self, x, self.drop_rate, self.common.axis_name)
         return x
 
