@@ -193,6 +193,7 @@ class Ray:
     def start(self, jobs: Sequence[Job]):
         """The workers, which end with this context."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default its tasks yield to all other processes
         ray = _imported("ray", "ray")
         mine = not ray.is_initialized()
         if mine:
