@@ -39,7 +39,7 @@ def test_it_survives_its_file_and_tells_members_apart_by_labels():
     made = sweep(RECIPES)
     again = config.from_json(config.to_json(made))
     assert grid.members(again) == grid.members(made)
-    assert grid.telling(again.sweep) == {"recipe": 2, "seed": 2, "data.fold_seed": 2}
+    assert sorted(grid.told(again.sweep)) == ["2 × recipe", "2 × seed & data.fold_seed"]
 
 
 def test_labels_make_no_groups():

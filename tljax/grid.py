@@ -93,22 +93,28 @@ def names(axis: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in axis.split(","))
 
 
-def telling(axes: Mapping[str, tuple | Distribution]) -> dict[str, tuple | Distribution]:
-    """{what tells a sweep's members apart: values}: the labels of an axis that has some, else its fields.
-
-    Labels stand without their `#`, as in the fields of a member.
-    """
-    found = {}
-    for axis, values in axes.items():
-        labels = [name[1:] for name in names(axis) if name.startswith("#")]
-        found |= dict.fromkeys(labels or names(axis), values)
-    return found
+def telling(axis: str) -> tuple[str, ...]:
+    """The names by which an axis' values are told apart: its labels, without their `#`, else its fields."""
+    labels = tuple(name[1:] for name in names(axis) if name.startswith("#"))
+    return labels or names(axis)
 
 
-def told(axes: Mapping[str, tuple | Distribution]) -> list[str]:
-    """Each axis with its number of values, or what it is drawn from."""
-    say = lambda name, v: f"{name} from {v}" if isinstance(v, Distribution) else f"{len(v)} × {name}"
-    return [say(name, values) for name, values in telling(axes).items()]
+def told(sweep: ConfigDict) -> list[str]:
+    """Each axis with its number of values, or what it is drawn from: `8 × optim.lr`."""
+    say = lambda name, given: f"{name} from {given}" if isinstance(given, str) else f"{len(given)} × {name}"
+    return [say(" & ".join(telling(axis)), _given(values)) for axis, values in configs.flatten(sweep).items()]
+
+
+def _given(given: Any) -> Any:
+    """An axis as it was meant: a command line can only make tuples of tuples, and texts of texts."""
+    if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], str):
+        return given[0] if given[0].partition("(")[0] in DISTRIBUTIONS else given
+    if isinstance(given, str) and given.startswith("("):
+        try:
+            return ast.literal_eval(given)
+        except (ValueError, SyntaxError):
+            return given
+    return given
 
 
 def space(config: ConfigDict) -> Space:
@@ -148,7 +154,7 @@ def members(config: ConfigDict) -> tuple[Member, ...]:
 
 
 def _values(axis: str, given: Any, known: dict[str, Any]) -> tuple | Distribution:
-    """An axis as it is meant: a command line can only make tuples of tuples, and texts of texts."""
+    """The values of an axis. Raises UserError."""
     fields = names(axis)
     for field in fields:
         if field not in known and not field.startswith("#"):
@@ -159,13 +165,7 @@ def _values(axis: str, given: Any, known: dict[str, Any]) -> tuple | Distributio
         raise UserError(f"axis {axis} has labels alone: name the fields that it sets")
     like = tuple(known.get(field, "label") for field in fields)
     expected = f"expected a tuple of values, as {like if len(like) < 2 else (like,)!r}"
-    if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], str) and not isinstance(like[0], str):
-        given = given[0] if given[0].partition("(")[0] in DISTRIBUTIONS else given
-    if isinstance(given, str) and given.startswith("("):
-        try:
-            given = ast.literal_eval(given)
-        except (ValueError, SyntaxError):
-            raise UserError(f"axis {axis} = {given!r}: {expected}") from None
+    given = _given(given)
     if isinstance(given, str) and len(fields) == 1 and not isinstance(like[0], str):
         found = distributions.parse(given)
         if axis in REPEATS:

@@ -114,7 +114,7 @@ class Sweep:
             self.folder.claim(self.config)
         done = self.folder.results()
         already = f"; {len(done)} are done" if done else ""
-        axes = ", ".join(grid.told(grid.space(self.config).axes))
+        axes = ", ".join(grid.told(self.config.sweep))
         self.console.print(f"{self.told_search()}{axes}{already}")
         with contextlib.closing(self.search.generations(self.config, self.folder, self.console.print)) as generations:
             for self.members in generations:
@@ -262,8 +262,9 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        axes = grid.telling(grid.space(self.config).axes)
-        several = [name for name, values in axes.items() if isinstance(values, Distribution) or len(values) > 1]
+        axes = grid.space(self.config).axes.items()
+        lone = [axis for axis, values in axes if not isinstance(values, Distribution) and len(values) == 1]
+        several = [name for axis, _ in axes if axis not in lone for name in grid.telling(axis)]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, parts: Sequence[Unit]) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from tljax import grid
 from tljax.distributions import Distribution
-from tljax.grid import NUMBERS, REPEATS, STREAMS, names, space, told
+from tljax.grid import NUMBERS, REPEATS, STREAMS, names
 from tljax.report import ranking, sweep_curves, sweep_pictures, text
 from tljax.report.page import _e, _grid, _picture, _section, document
 from tljax.report.ranking import Metric, Paired, Ranked, Setting
@@ -75,7 +76,7 @@ class Page:
 
 def parts(view: View, planned: int, drawn: list[str], path) -> list[str]:
     """The parts of the page, `drawn` among them."""
-    axes = ", ".join(told(space(view.config).axes))
+    axes = ", ".join(grid.told(view.config.sweep))
     left = planned - len(view.rows)
     state = f"{len(view.rows):,} of {text.counted(planned, 'member')} have ended"
     state += ", the others are to come" if left > 0 else ""
@@ -213,7 +214,7 @@ def _repeat(row: dict) -> str:
 
 def _axes(view: View) -> str:
     rows = []
-    for axis, values in space(view.config).axes.items():
+    for axis, values in grid.space(view.config).axes.items():
         fields = [name for name in names(axis) if not name.startswith("#")]
         kind = "groups: a compiled step each"
         if all(field in NUMBERS for field in fields):
@@ -223,7 +224,9 @@ def _axes(view: View) -> str:
         if isinstance(values, Distribution):
             rows.append([_e(axis), "any", _e(str(values)), _e(kind)])
             continue
-        written = ", ".join(str(value[0]) if axis.startswith("#") else str(value) for value in values)
+        labels = [i for i, name in enumerate(names(axis)) if name.startswith("#")]
+        short = lambda value, labels=labels: " ".join(str(value[i]) for i in labels) if labels else str(value)
+        written = ", ".join(map(short, values))
         rows.append([_e(axis.replace("#", "")), str(len(values)), _e(written), _e(kind)])
     return _section("Axes", _columns(["axis", "values", "", ""], rows, (0, 2, 3)))
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tljax.grid import REPEATS, space, telling
+from tljax.config import flatten
+from tljax.grid import REPEATS, telling
 from tljax.report import ranking, text
 from tljax.report.ranking import Metric, Setting
 
@@ -43,7 +44,7 @@ class View:
     @functools.cached_property
     def axes(self) -> dict[str, list]:
         """{name: its values in order} of what tells settings apart, where it has several values."""
-        names = [name for name in telling(space(self.config).axes) if name not in REPEATS]
+        names = [name for axis in flatten(self.config.sweep) for name in telling(axis) if name not in REPEATS]
         found = {}
         for name in names:
             values = [setting.fields[name] for setting in self.settings if name in setting.fields]
