@@ -169,6 +169,17 @@ def test_folds_and_sizes_of_the_training_set_are_their_solo_runs(base, sweeps, s
     check(found, made, solo, (7,))
 
 
+def test_dense_kernels_train_in_sequence_on_a_cpu(base, sweeps, solo, caplog):
+    """One compiled step of one member, whatever the seed: each sees its own stream."""
+    made = base({"seed": (0, 3), "optim.lr": (0.003, 0.03)}, strategy="partial(last=2)", train_for="4 steps")
+    (group,) = sweep.Sweep(made, None, Console(enabled=False), "auto", 10**9).groups(list(grid.members(made)))
+    assert group.how == "sequence"
+    with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
+        found = sweeps(made)
+    assert compiled(caplog) == 1
+    check(found, made, solo, (3,))
+
+
 @pytest.mark.parametrize("how", ["vmap", "map"])
 def test_without_a_cache_members_share_one_stream(base, sweeps, solo, how):
     fields = {"cache_views": 0, "strategy": "frozen()" if how == "vmap" else "partial(last=1)"}

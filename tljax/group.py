@@ -47,9 +47,10 @@ class Group:
         self.kept = kept
         streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
         self.spread = Spread(members_over(config.parallel.members, len(self.members)))
-        self.programs = Members(
-            self.exp, self.layout, self.phase, choose(how, self.phase.plan), bool(kept), len(streams) > 1, self.spread
-        )
+        self.how = choose(how, self.phase.plan, bool(kept))
+        one_step = "map" if self.how == "map" else "vmap"  # in sequence it is of one member on each device
+        alone = len(streams) == 1 or (self.how == "sequence" and len(self.spread.devices) == 1)
+        self.programs = Members(self.exp, self.layout, self.phase, one_step, bool(kept), not alone, self.spread)
         self.compiled, self.features, self.slots = None, None, 0
         self.on_device: dict[str, Any] = {}
         self.pools = pools(datasets)
@@ -68,7 +69,7 @@ class Group:
         rows = [(name, split.rows.tobytes()) for name, split in self.pools.items()]
         drops = self.drops or self.exp.config.drop_rate
         decays = self.exp.config.optim.weight_decay > 0
-        way = (self.kept, self.views, self.programs.varied, self.programs.how, len(self.spread.devices))
+        way = (self.kept, self.views, self.programs.varied, self.how, len(self.spread.devices))
         return *way, drops, decays, self.phase.plan.kind, getattr(self.exp.model, "adapters", ()), rows
 
     def _course(self, member: Member, dataset: Dataset) -> Course:
@@ -140,7 +141,7 @@ class Group:
     @property
     def ways(self) -> dict:
         """What a row tells of its group."""
-        return {"group": self.members[0].number, "how": self.programs.how, "kept": self.kept}
+        return {"group": self.members[0].number, "how": self.how, "kept": self.kept}
 
     def filled(self, courses: Sequence[Course], size: int) -> list[Course]:
         """Members of a compiled step with so many slots; the last one again in those that are left."""

@@ -102,7 +102,7 @@ def stretches(group: Group, halved: Halving) -> list[tuple[int, int]]:
 
 def slots(group: Group, halved: Halving, most: int) -> int:
     """How many slots, at most `most`, cost the least: few stay empty as members fall, many share one forward."""
-    beside = OVERHEAD[group.programs.how, bool(group.kept)]
+    beside = OVERHEAD[group.how, bool(group.kept)]
     parts = stretches(group, halved)
     cost = lambda size: sum(steps * -(-members // size) * (size + beside) for members, steps in parts)
     return min(range(1, most + 1), key=lambda size: (cost(size), -size))

@@ -6,6 +6,7 @@ once for all members where they see the same batch.
 """
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,20 +24,27 @@ if TYPE_CHECKING:
     from tljax.experiment import Experiment
 
 Tree = Any
-HOW = ("auto", "vmap", "map")
+HOW = ("auto", "vmap", "map", "sequence")
 
 
-def choose(how: str, plan: Plan) -> str:
-    """How members are put into one step: "vmap" (all at once) or "map" (one after the other, in one program).
+def choose(how: str, plan: Plan, kept: bool) -> str:
+    """How members train: "vmap" (one batched step), "map" (in turn in one step), "sequence" (one run after another).
 
-    "auto": map where a kernel of 4 dimensions or more trains, as under vmap its convolution gets a batch of kernels and
-    becomes a grouped one; matrices become one batched product, and "auto" is vmap.
+    Under vmap a convolution whose kernel is a member's own becomes one of many groups, and is slower than one member's
+    at a time; matrices, pointwise and depthwise kernels are not. So "auto" is vmap where only these train. Else it is
+    map, but on CPUs, where XLA runs convolutions within loops without its fast kernels: there it is sequence, as long
+    as no frozen forward is computed once for all (`kept` says that its features are there).
     """
     if how not in HOW:
         raise unknown("way to run members", how, HOW)
     if how != "auto":
         return how
-    return "map" if any(len(leaf.shape) >= 4 for leaf in plan.trainable) else "vmap"
+    dense = lambda shape: len(shape) >= 4 and math.prod(shape[:-2]) > 1 and shape[-2] > 1
+    if not any(dense(leaf.shape) for leaf in plan.trainable):
+        return "vmap"
+    if jax.default_backend() != "cpu":
+        return "map"
+    return "sequence" if kept or not plan.prefix else "vmap"
 
 
 class Members:

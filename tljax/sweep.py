@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         main.__doc__,
         workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
         memory=f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="members at once (vmap), one by one in one program (map), or whichever is faster (auto, the default)",
+        how="vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
         launch="start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
         workers="divide groups for so many workers (default: as many as --launch starts, else 1)",
         wait="for units that others are at: yes (the default; takes over from who dies) or no",
@@ -249,6 +249,8 @@ class Sweep:
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
+        if group.how == "sequence":
+            return group.whole(1)
         fits = count
         if self.need(group, count) > self.limit:
             need = functools.partial(self.need, group)
@@ -271,12 +273,12 @@ class Sweep:
         """A group, and the units that it is parted into, in one line."""
         devices, size = len(group.spread.devices), self.part(group, max(len(part.numbers) for part in parts))
         number = len(parts) if not self.halving else -(-len(group.members) // size)
-        way = {"vmap": "at once", "map": "one by one"}[group.programs.how]
+        way = {"vmap": "at once", "map": "in turn", "sequence": "one run after another"}[group.how]
         return (
             f"{self.name(group)}: {text.counted(len(group.members), 'member')}"
-            + (f" in {number} parts of {size}" if number > 1 else "")
+            + (f" in {number} parts of {size}" if number > 1 and size > 1 else "")
             + (f" over {devices} devices" if devices > 1 else "")
-            + f", 1 compiled step ({group.programs.how}: {way}), at most {text.size(self.need(group, size))} of "
+            + f", 1 compiled step ({group.how}: {way}), at most {text.size(self.need(group, size))} of "
             f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
             + (f"; {halving.told(group, self.halving)}" if self.halving else "")
         )
