@@ -46,6 +46,8 @@ def test_a_file_is_published_whole_by_one_of_several(tmp_path):
     assert (tmp_path / "result").read_text() == texts[won.index(True)]
     assert not claims.publish(tmp_path / "result", "late")
     assert os.listdir(tmp_path) == ["result"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "result").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
 
 
 def test_without_hard_links_too(tmp_path, monkeypatch):

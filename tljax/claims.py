@@ -20,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,9 @@ POLL = 0.2  # seconds between two looks at what another process does
 
 def publish(path: Path, text: str) -> bool:
     """Writes a file whole, unless there is one; returns whether it is this one. Raises OSError."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
-        with open(handle, "w") as file:
+        with temporary.open("x") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -46,7 +47,7 @@ def publish(path: Path, text: str) -> bool:
             return _created(path, text)
         return True
     finally:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _created(path: Path, text: str) -> bool:

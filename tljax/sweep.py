@@ -121,7 +121,9 @@ class Sweep:
                 self.train(self.members)
         best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
-        self.console.print(f"{best}; {seconds} in all; everything is in {self.folder.path}")
+        missing = len(self.members) - len(self.folder.results())
+        others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
+        self.console.print(f"{best}; {seconds} in all{others}; everything is in {self.folder.path}")
         return 0
 
     # ---- units of work
