@@ -38,7 +38,7 @@ class Course:
 
     def anew(self) -> "Course":
         """The same before its first step."""
-        return Course(self.member, self.dataset, self.total, self.per_epoch, self.rates, self.every)
+        return Course(self.member, self.dataset, self.total, self.per_epoch, self.rates, self.numbers, self.every)
 
     @property
     def over(self) -> bool:

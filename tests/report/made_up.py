@@ -33,7 +33,9 @@ def row(member, test, diverged, classes, sigma) -> dict:
     peak = math.log10(0.03) - 0.15 * depth
     limit = given["data.limit"]
     n = min(classes * limit, 640) if limit else 675
-    accuracy = 0.85 + 0.01 * depth - 0.09 * (math.log10(given["optim.lr"]) - peak) ** 2 - 0.6 / math.sqrt(n / 10)
+    accuracy = (
+        0.85 + 0.01 * depth - 0.09 * (math.log10(max(given["optim.lr"], 1e-6)) - peak) ** 2 - 0.6 / math.sqrt(n / 10)
+    )
     accuracy = float(np.clip(accuracy + sigma * rng.normal(), 0.05, 0.99))
     nll = float(3.2 * (1 - accuracy) ** 1.2 + 0.1)
     figures = {"accuracy": accuracy, "macro_f1": accuracy - 0.02, "nll": nll, "ece": 0.05}

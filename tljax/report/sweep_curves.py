@@ -110,12 +110,12 @@ def _finish(ax, metric: Metric, settings: list[Setting]) -> None:
 
 
 def _ticks(ax, x: str, at: list[float]) -> None:
-    """A logarithmic abscissa where values span a decade; the values themselves are ticks where there is room."""
+    """A logarithmic abscissa for rates and wide spans; the values themselves are ticks where there is room."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
     if not at:
         return
-    spans = at[0] > 0 and at[-1] >= 8 * at[0]
+    spans = at[0] > 0 and (x == "optim.lr" or at[-1] >= 8 * at[0])
     if spans:
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())

@@ -24,6 +24,7 @@ REPEATED = (
     "Ringed: the best on val. A cross on the edge: a repeat has diverged. "
 )
 OTHERS = "Where settings differ in further axes the best on val is shown. "
+HOW = {"vmap": "at once", "map": "in turn, in one step", "sequence": "one run after another"}
 CURVES = {  # of the axes that every such sweep has: file, title
     "optim.lr": ("learning_rates.png", "Learning rates"), "data.limit": ("learning_curves.png", "Learning curves"),
 }  # fmt: skip
@@ -216,11 +217,13 @@ def _axes(view: View) -> str:
     rows = []
     for axis, values in grid.space(view.config).axes.items():
         fields = [name for name in names(axis) if not name.startswith("#")]
-        kind = "groups: a compiled step each"
-        if all(field in NUMBERS for field in fields):
-            kind = "numbers: in one step"
+        kind = "groups"
+        if fields == ["strategy"]:
+            kind = "groups, one for each set of parameters that train"
+        elif all(field in NUMBERS for field in fields):
+            kind = "numbers: in one compiled step"
         elif all(field in NUMBERS + STREAMS for field in fields):
-            kind = "seeds and subsets: in one step on kept features"
+            kind = "seeds and subsets: in one compiled step on kept features"
         if isinstance(values, Distribution):
             rows.append([_e(axis), "any", _e(str(values)), _e(kind)])
             continue
@@ -247,7 +250,7 @@ def _groups(view: View) -> str:
         said = ", ".join(view.written(name)[repr(rows[0]["fields"][name])] for name in common)
         seconds = sum(row["seconds"] for row in rows)
         kept = f"features in {rows[0]['kept']}" if rows[0]["kept"] else "photographs, each step anew"
-        how = {"vmap": "at once", "map": "one by one"}.get(rows[0]["how"], rows[0]["how"])
+        how = HOW.get(rows[0]["how"], rows[0]["how"])
         cells.append([_e(said or "all"), f"{len(rows):,}", _e(how), _e(kept), _e(text.duration(seconds))])
     return _section("Groups", _columns(["in common", "members", "in the step", "on", "time"], cells, (0, 2, 3)))
 
