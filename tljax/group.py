@@ -162,7 +162,6 @@ class Group:
         variables = [load(course.member.config.seed) for course in filled]
         own, shared = self.programs.begin(variables, information)
         if self.kept and self.features is None:
-<<<<<<< HEAD
             self.features = cache.FeatureCache(self.exp, self._all(), self.phase, *variables[0], self.kept, say)
         return own, shared
 
@@ -171,19 +170,6 @@ class Group:
         count = len(self.spread.devices)
         batch = self.spread.each(self.layout.batch_size) * count
         return Layout(PLAIN, batch, devices=count)
-=======
-            self.features = cache.FeatureCache(self.exp, self.layout, self.phase, *variables[0], self.kept, say)
-        del variables
-        steps, own = self._fit(courses, filled, own, shared)
-        found = {name: self._figures(courses, filled, own, shared, name) for name in ("val", "test")}
-        seconds = (time.time() - begun) / len(courses)
-        rows = [
-            row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
-            for k, course in enumerate(courses)
-        ]
-        ways = {"group": self.members[0].number, "how": self.how, "kept": self.kept}
-        return [told | {"seconds": round(seconds, 3)} | ways for told in rows], own, shared
->>>>>>> page
 
     def _loaded(self, courses: Sequence[Course], seed: int) -> tuple[Tree, Tree]:
         config = next(course.member.config for course in courses if course.member.config.seed == seed)
