@@ -123,7 +123,7 @@ def test_a_random_search_is_halved_and_a_repeated_command_finds_it_done(base, sw
     made = base({"optim.lr": "loguniform(1e-6, 1e-1)", "seed": (0, 7)}, strategy="frozen()", train_for="4 steps")
     made.search, made.halving = "random(3, seed=1)", "halving(rungs=1)"
     found, said, _ = sweeps(made)
-    assert said[0].startswith("random(3, seed=1), 6 members: optim.lr from loguniform(1e-06, 0.1), 2 × seed")
+    assert said[0].startswith("random(3, seed=1), 6 members: optim.lr from loguniform(1e-6, 1e-1), 2 × seed")
     assert sorted(row["steps"] for row in found.values()) == [2, 2, 4, 4, 4, 4]
     again, said, _ = sweeps(made)
     assert again == found
