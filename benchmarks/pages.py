@@ -22,9 +22,9 @@ SIZES = ("size", "steps")
 
 def child(name: str, size: int, steps: int) -> None:
     """Prints [seconds, CPU seconds, CPU seconds in the kernel] of the median step and the process's peak bytes."""
-    from forward import ours
+    from sides import ours
 
-    train, spent = ours(name, 16, size, False)["train"], []
+    train, spent = ours(name, "full", 16, size, False)["train"], []
     for _ in range(steps + 1):
         begun, before = time.perf_counter(), os.times()
         train()

@@ -72,13 +72,13 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """The (split's length, view) of all features that were computed, in order."""
-    found, computed = [], cache.FeatureCache._computed
+    found, parts = [], cache.FeatureCache._parts
 
-    def count(self, split, view, *rest):
+    def count(self, split, view, order):
         found.append((len(split), view))
-        return computed(self, split, view, *rest)
+        return parts(self, split, view, order)
 
-    monkeypatch.setattr(cache.FeatureCache, "_computed", count)
+    monkeypatch.setattr(cache.FeatureCache, "_parts", count)
     return found
 
 
@@ -181,8 +181,9 @@ def test_features_on_disk_are_used_until_something_that_they_depend_on_changes(p
     assert list(home.rglob(".*")) == [other]
 
 
-def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch):
-    fields = {"cache": "disk", **FIELDS}
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch, where):
+    fields = {"cache": where, **FIELDS}
     whole = run(tiny, tmp_path / "whole", **fields)
     assess, calls = train.Run.assess, []
 
@@ -215,6 +216,45 @@ def test_a_signal_while_features_are_computed_ends_the_run_at_once(tiny, tmp_pat
     assert "stopped by SIGTERM while features were computed" in " ".join(capsys.readouterr().out.split())
     assert not list(home.rglob("*.*"))
     run(tiny, tmp_path / "run", **fields)
+
+
+def test_features_are_computed_as_far_as_they_are_asked_for(ready):
+    """And are, whoever asks, the same to the last bit: their batches are those of the order."""
+    exp, layout, phase, params, stats, dataset = ready
+    part, whole = (cache.FeatureCache(exp, layout, phase, params, stats, "memory") for _ in range(2))
+    order = np.random.default_rng(0).permutation(24)
+    growing, other = (kept.growing(dataset.train, 1, order) for kept in (part, whole))
+    row = 128 * 4
+    assert part.nbytes == 0
+    for place, batches in ((order[3], 1), (order[7], 1), (order[0], 1), (order[8], 2), (order[12], 2)):
+        assert growing[place].any()
+        assert part.nbytes == batches * 8 * row
+    assert growing[order[9]].tobytes() == np.asarray(other)[order[9]].tobytes()
+    assert whole.nbytes == 24 * row
+    expected = cache.FeatureCache(exp, layout, phase, params, stats, "memory")(dataset.train, 1)
+    np.testing.assert_allclose(part(dataset.train, 1), expected, **CLOSE)
+    assert part.nbytes == 24 * row
+
+
+def test_a_signal_between_steps_that_wait_for_features_saves(tiny, tmp_path, monkeypatch, capsys):
+    """The run then ends as one that was never stopped."""
+    fields = {"cache": "memory", "cache_views": 2, "train_for": "9 steps", "eval_every": "9 steps"}
+    whole = run(tiny, tmp_path / "whole", **fields)
+    add, calls = cache.Growing._add, []
+
+    def signalled(self, *part):
+        add(self, *part)
+        calls.append(1)
+        if len(calls) == 4:  # the second view's first part; its next finds the signal
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.parts.throw(cache.Interrupted)
+
+    with monkeypatch.context() as m:
+        m.setattr(cache.Growing, "_add", signalled)
+        assert train.main(changed(tiny, tmp_path / "run", **fields)) == 143
+    assert "stopped by SIGTERM at step 3, saved" in capsys.readouterr().out
+    run(tiny, tmp_path / "run", **fields)
+    assert rows(tmp_path / "run") == rows(whole)
 
 
 def test_a_view_is_the_same_whoever_asks(ready):

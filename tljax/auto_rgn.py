@@ -5,6 +5,12 @@ data, so it is measured once and written into a config as a `discriminative` str
 `python -m tljax.auto_rgn --config=… --batches=8` prints the line.
 """
 
+from tljax import command
+
+USAGE = {"description": __doc__, "batches": "how many batches (default: 8)"}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,13 +79,12 @@ def main(argv: list[str]) -> int:
     import itertools
 
     from tljax import data, experiment, parallel
-    from tljax.command import from_command_line
     from tljax.config import check
     from tljax.data.mix import soft_targets
     from tljax.report.console import Console, quiet_libraries
     from tljax.step import normalise
 
-    flags = from_command_line(argv, main.__doc__, batches="how many batches (default: 8)")
+    flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     config = flags.config
     check(config)
@@ -110,6 +115,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

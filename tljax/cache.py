@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,21 +104,22 @@ class FeatureCache:
     """The features that stand before a cut, each computed once.
 
     `params` and `stats` are those with which the phase begins; `where` is "memory" or "disk", `say` takes the lines
-    that the user is to read, and `stopped` tells whether a signal has come.
+    that the user is to read, `stopped` tells whether a signal has come, and `clock()` measures the time of computing.
     """
 
     def __init__(
         self, exp: "Experiment", layout: Layout, phase: Phase, params, stats, where: str,
         say: Callable[[str], None] = print, stopped: Callable[[], object] = lambda: False,
+        clock: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):  # fmt: skip
         self.exp, self.layout, self.cut = exp, layout, phase.plan.cut
-        self.where, self.say, self.stopped = where, say, stopped
+        self.where, self.say, self.stopped, self.clock = where, say, stopped, clock
         # A copy: the state is donated to the step.
         own = lambda tree: {stage: tree[stage] for stage in phase.plan.prefix if stage in tree}
         self.variables = layout.place((own(params), own(stats)))
         self.like = exp.features(phase.plan)
         self.digest = digest(exp, phase, params, stats, layout) if where == "disk" else ""
-        self.kept: dict[tuple[Split, int | None], np.ndarray] = {}
+        self.kept: dict[tuple[Split, int | None], np.ndarray | Growing] = {}
         p = exp.preprocessing
         self.program = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std, stop=self.cut))
 
@@ -128,16 +129,30 @@ class FeatureCache:
         Raises UserError for a photograph that cannot be read or a folder that cannot be written, and Interrupted.
         """
         key = (split, view)
-        if key not in self.kept:
-            self.kept[key] = self._stored(split, view) if self.where == "disk" else self._computed(split, view)
-        return self.kept[key]
+        with self.clock():
+            if key not in self.kept:
+                self.kept[key] = self._stored(split, view) if self.where == "disk" else self._computed(split, view)
+            found = self.kept[key]
+            return np.asarray(found) if isinstance(found, Growing) else found
+
+    def growing(self, split: Split, view: int, order: np.ndarray) -> "np.ndarray | Growing":
+        """As a call gives them, but in memory each is computed when it, or one behind it in the order, is asked for.
+
+        So training need not wait for features that it does not see yet. With the same order they are, to the last bit,
+        the same, whoever asks. In several processes only what is there already can be asked for.
+        """
+        key = (split, view)
+        if key not in self.kept and self.where == "memory":
+            out = np.empty((len(split), *self.like.shape), self.like.dtype)
+            self.kept[key] = Growing(out, self._parts(split, view, order), self.clock)
+        return self.kept[key] if key in self.kept else self(split, view)
 
     @property
     def nbytes(self) -> int:
         """The size of the features that there are so far."""
         return sum(found.nbytes for found in self.kept.values())
 
-    def _batches(self, split: Split, view: int | None):
+    def _batches(self, split: Split, view: int | None, order: np.ndarray | None):
         config, p = self.exp.config, self.exp.preprocessing
         common = {
             "batch_size": self.layout.batch_size, "size": p.size, "crop": p.crop, "interpolation": p.interpolation,
@@ -145,21 +160,26 @@ class FeatureCache:
         }  # fmt: skip
         if view is None:
             return data.eval_batches(split, **common)
-        return data.view_batches(split, view, augment=config.augment, **common)
+        return data.view_batches(split, view, augment=config.augment, order=order, **common)
 
     def _computed(self, split: Split, view: int | None, out: np.ndarray | None = None) -> np.ndarray:
         """Computes the features of a split into `out`, by default new memory."""
         out = np.empty((len(split), *self.like.shape), self.like.dtype) if out is None else out
+        for places, found in self._parts(split, view, np.arange(len(split))):
+            out[places] = found
+        return out
+
+    def _parts(self, split: Split, view: int | None, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(places, their features), part by part, in the order."""
         done = 0
-        with contextlib.closing(self._batches(split, view)) as batches:
+        with contextlib.closing(self._batches(split, view, order)) as batches:
             for batch in batches:
                 if self.stopped():
                     raise Interrupted
                 images = self.layout.place_batch({"image": batch["image"]})["image"]
-                found = np.asarray(self.program(*self.variables, images))[: len(out) - done]
-                out[done : done + len(found)] = found
+                found = np.asarray(self.program(*self.variables, images))[: len(order) - done]
+                yield order[done : done + len(found)], found
                 done += len(found)
-        return out
 
     # ---- on disk: one .npy file a split and view, under the digest of all that it depends on
 
@@ -217,6 +237,35 @@ class FeatureCache:
         """The type under which a file holds features: .npy knows no bfloat16."""
         dtype = np.dtype(self.like.dtype)
         return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
+
+
+class Growing:
+    """Features [photographs, …] that come in parts, (places, features), and are asked for one by one."""
+
+    def __init__(self, out: np.ndarray, parts: Iterator, clock):
+        self.out, self.parts, self.clock = out, parts, clock
+        self.there = np.zeros(len(out), bool)
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        if not self.there[place]:
+            with self.clock():
+                while not self.there[place]:
+                    self._add(*next(self.parts))
+        return self.out[place]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """All of them."""
+        for part in self.parts:
+            self._add(*part)
+        return self.out
+
+    @property
+    def nbytes(self) -> int:
+        """The size of those that there are."""
+        return int(self.there.sum()) * self.out[0].nbytes
+
+    def _add(self, places: np.ndarray, found: np.ndarray) -> None:
+        self.out[places], self.there[places] = found, True
 
 
 def digest(exp: "Experiment", phase: Phase, params, stats, layout: Layout) -> str:

@@ -13,10 +13,23 @@ from ml_collections import ConfigDict, config_flags
 from tljax.config import flatten
 from tljax.errors import UserError, nearest
 
+HELP = {"--help", "-h", "--helpfull"}
+
+
+def help_if_asked(description: str, config: bool = True, rest: str = "", **more: str) -> None:
+    """Prints what `from_command_line` would for `--help`, and exits, where the command line asks for it.
+
+    For the top of a command's module: its other imports take seconds.
+    """
+    if HELP & set(sys.argv[1:]):
+        print(_help(description, config, rest, more))
+        raise SystemExit(0)
+
 
 def from_command_line(argv: list[str], description: str, config: bool = True, **more: str) -> flags.FlagValues:
     """Parses flags: `--config=FILE[:ARGUMENTS] --config.FIELD=VALUE` if `config`, and those in `more` ({name: help}).
 
+    `description` may be a module's docstring, of which `--help` shows the first paragraph.
     Returns the values: `.config`, one attribute a flag ("" where not given), and `.rest`, what is no flag, where
     `more` has `rest`. Raises UserError.
     """
@@ -24,7 +37,7 @@ def from_command_line(argv: list[str], description: str, config: bool = True, **
     rest_help = more.pop("rest", None)
     for name, text in more.items():
         flags.DEFINE_string(name, "", text, flag_values=values)
-    if {"--help", "-h", "--helpfull"} & set(argv):
+    if HELP & set(argv):
         print(_help(description, config, rest_help, more))
         raise SystemExit(0)
     given = ""
@@ -56,7 +69,7 @@ def from_command_line(argv: list[str], description: str, config: bool = True, **
 
 
 def _help(description: str, config: bool, rest: str | None, more: dict[str, str]) -> str:
-    lines = [description.strip(), "", "Flags:"]
+    lines = [description.split("\n\n")[0].strip(), "", "Flags:"]
     if config:
         lines += ["  --config=FILE[:ARGUMENTS]  an experiment, see configs/"]
         lines += ["  --config.FIELD=VALUE       changes a field of it, as --config.optim.lr=3e-4"]

@@ -1,5 +1,19 @@
 """Writes weights in another naming: `python -m tljax.convert SRC DST --naming=torchvision`."""
 
+from tljax import command
+
+FORMATS = ("safetensors",)
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "to": f"format of DST: {', '.join(FORMATS)} (the default)",
+    "naming": "how its tensors are called: torchvision, timm, transformers, google, … (default: tljax)",
+    "model": "the network that SRC is of (default: as its card or its names tell)",
+    "rest": "SRC DST",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -8,14 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from tljax import errors, weights
-from tljax.command import from_command_line, run
 from tljax.errors import UserError, listing
 from tljax.report import text
 from tljax.report.console import Console, quiet_libraries
 from tljax.weights import cards, inverse, lazy, lookalike, matcher, runs, safetensors
 
 OWN = "tljax"
-FORMATS = ("safetensors",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +157,7 @@ def _content(read: Mapping[str, Callable], table: tuple, naming: str) -> tuple[d
 
 def main(argv: list[str]) -> int:
     """Writes the weights SRC (a catalogue name, a file, hf:org/name, package:…, a run's folder) to the file DST."""
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        to=f"format of DST: {', '.join(FORMATS)} (the default)",
-        naming="how its tensors are called: torchvision, timm, transformers, google, … (default: tljax)",
-        model="the network that SRC is of (default: as its card or its names tell)",
-        rest="SRC DST",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if len(flags.rest) != 2:
         raise UserError(f"expected SRC and DST, found {len(flags.rest)} names: {listing(flags.rest) or 'none'}")
     if (flags.to or FORMATS[0]) not in FORMATS:
@@ -175,4 +179,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

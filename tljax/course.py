@@ -38,7 +38,9 @@ class Course:
 
     def anew(self) -> "Course":
         """The same before its first step."""
-        return Course(self.member, self.dataset, self.total, self.per_epoch, self.rates, self.numbers, self.every)
+        return Course(
+            self.member, self.dataset, self.total, self.per_epoch, self.rates, self.numbers, self.every
+        )  # fmt: skip
 
     @property
     def over(self) -> bool:

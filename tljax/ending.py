@@ -86,6 +86,12 @@ def mistakes(run, logits: np.ndarray, split: data.Split, wrong: np.ndarray) -> l
     ]
 
 
+def waited(run) -> dict | None:
+    """How long the steps waited for their batches (`tljax.waiting`), and the share of the time in training."""
+    spent = run.seconds.get("train")
+    return {"seconds": round(run.waited, 3), "share": round(run.waited / spent, 4)} if spent else None
+
+
 def summary(run, steps: int) -> dict:
     """What a run's figures depend on and what it cost; the figures themselves are added by `conclude`."""
     config, plan, card, dataset = run.config, run.plan, run.exp.card, run.dataset
@@ -120,6 +126,7 @@ def summary(run, steps: int) -> dict:
         "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
+        "input_wait": waited(run),
         "checkpoint": {"delta": config.checkpoint.delta, "base": run.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),

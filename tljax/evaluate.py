@@ -1,12 +1,22 @@
 """Repeats the final figures of a run from its checkpoint: `python -m tljax.evaluate --workdir=…`."""
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "workdir": "the run",
+    "checkpoint": "best, last or a step (default: what config.select says)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import jax
 import numpy as np
 
 from tljax import data, experiment, parallel
 from tljax.cache import FeatureCache
 from tljax.checkpoint import Checkpoints
-from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.report import metrics
 from tljax.report.console import Console, quiet_libraries
@@ -77,13 +87,7 @@ def restore(workdir: Workdir, which: str = ""):
 
 def main(argv: list[str]) -> int:
     """Evaluates a run's checkpoint on val and test, and says whether its summary has the same figures."""
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        workdir="the run",
-        checkpoint="best, last or a step (default: what config.select says)",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder of a run")
     quiet_libraries()
@@ -114,6 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

@@ -5,6 +5,18 @@ how far the features behind each stage have moved. Stages run one after another,
 stage are held, and for CKA the mean of every map over its positions.
 """
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "workdir": "the run",
+    "source": "photographs of the source task, as folder:DIR (default: config.source.data of the run)",
+    "checkpoint": "best, last or a step (default: what config.select says)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tljax import source
-from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.experiment import Experiment
 from tljax.report import text
@@ -183,14 +194,7 @@ def main(argv: list[str]) -> int:
     from tljax.report.page import html
     from tljax.workdir import Workdir
 
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        workdir="the run",
-        source="photographs of the source task, as folder:DIR (default: config.source.data of the run)",
-        checkpoint="best, last or a step (default: what config.select says)",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder of a run")
     quiet_libraries()
@@ -214,6 +218,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

@@ -46,11 +46,11 @@ class Group:
         self.phase = self.exp.in_time(len(longest.dataset.train))[0]._replace(stop=longest.total)
         self.kept = kept
         streams = {(course.member.config.seed, course.dataset.digest) for course in self.courses}
-        self.spread = Spread(members_over(config.parallel.members, len(self.members)))
         self.how = choose(how, self.phase.plan, bool(kept))
-        one_step = "map" if self.how == "map" else "vmap"  # in sequence it is of one member on each device
-        alone = len(streams) == 1 or (self.how == "sequence" and len(self.spread.devices) == 1)
-        self.programs = Members(self.exp, self.layout, self.phase, one_step, bool(kept), not alone, self.spread)
+        alone = self.how == "sequence"  # a step is of one member
+        self.spread = Spread(1 if alone else members_over(config.parallel.members, len(self.members)))
+        one_step, varied = "vmap" if alone else self.how, len(streams) > 1 and not alone
+        self.programs = Members(self.exp, self.layout, self.phase, one_step, bool(kept), varied, self.spread)
         self.compiled, self.features, self.slots = None, None, 0
         self.on_device: dict[str, Any] = {}
         self.pools = pools(datasets)

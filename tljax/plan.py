@@ -5,6 +5,18 @@ A plan serves any pytree: nothing here knows flax. Its parameters are the leaves
 `python -m tljax.plan --config=…` prints the plan of an experiment, without weights and without data.
 """
 
+USAGE = {
+    "description": "Prints the plan of an experiment: a row a stage, totals, and what each rule decided.",
+    "cost": "--cost also prints what a step costs, as the compiler estimates it",
+    "compare": "strategies to compare by cost, as frozen,partial:last=2,full",
+    "devices": "so many devices for --cost (default: 1)",
+    "picture": "where --compare draws (default: plan.png)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    from tljax import command
+
+    command.help_if_asked(**USAGE)
+
 import dataclasses
 import functools
 import hashlib
@@ -335,14 +347,7 @@ def main(argv: list[str]) -> int:
     from tljax.command import from_command_line
     from tljax.report.console import Console
 
-    flags = from_command_line(
-        ["--cost=yes" if arg == "--cost" else arg for arg in argv],
-        main.__doc__,
-        cost="--cost also prints what a step costs, as the compiler estimates it",
-        compare="strategies to compare by cost, as frozen,partial:last=2,full",
-        devices="so many devices for --cost (default: 1)",
-        picture="where --compare draws (default: plan.png)",
-    )
+    flags = from_command_line(["--cost=yes" if arg == "--cost" else arg for arg in argv], **USAGE)
     config, console = flags.config, Console()
     classes = experiment.classes_without_data(config)
     console.plan(experiment.plan_table(experiment.build(config, classes)))
@@ -355,7 +360,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
     from tljax.plan import main as packaged_main  # so that classes are those of the package, not of __main__
 
-    run(packaged_main)
+    command.run(packaged_main)

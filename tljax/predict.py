@@ -1,10 +1,21 @@
 """The top classes of image files: `python -m tljax.predict --workdir=… photo.jpg …`."""
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "workdir": "the run",
+    "top": "how many classes (5)",
+    "rest": "image files",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import jax
 import numpy as np
 
 from tljax import parallel
-from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report.console import Console, quiet_libraries
@@ -18,9 +29,7 @@ def main(argv: list[str]) -> int:
     from tljax.data.images import BadImage
     from tljax.data.transforms import resize_and_centre_crop
 
-    flags = from_command_line(
-        argv, main.__doc__, config=False, workdir="the run", top="how many classes (5)", rest="image files"
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if not flags.workdir or not flags.rest:
         raise UserError("expected --workdir=RUN and image files")
     if not (flags.top or "5").isdigit() or flags.top == "0":
@@ -46,6 +55,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

@@ -5,6 +5,22 @@ at once (`tljax.members`). Every other axis makes groups. A group, or a part of 
 same command on the same folder takes the next that nobody has (`tljax.folder`).
 """
 
+from tljax import claims, command
+
+SHARE = 0.8  # of the free memory, that a group may take
+USAGE = {
+    "description": __doc__,
+    "workdir": "the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
+    "memory": f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
+    "how": "vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
+    "launch": "start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
+    "workers": "divide groups for so many workers (default: as many as --launch starts, else 1)",
+    "wait": "for units that others are at: yes (the default; takes over from who dies) or no",
+    "stale": f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import bisect
 import contextlib
 import copy
@@ -17,21 +33,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from tljax import (
-    cache,
-    claims,
-    command,
-    data,
-    experiment,
-    grid,
-    halving,
-    members,
-    memory,
-    parallel,
-    search,
-    strategies,
-    workers,
-)
+from tljax import cache, data, experiment, grid, halving, members, memory, parallel, search, strategies, workers
 from tljax import config as configs
 from tljax.claims import Claim
 from tljax.distributions import Distribution
@@ -44,22 +46,10 @@ from tljax.patterns import matches
 from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
-SHARE = 0.8  # of the free memory, that a group may take
-
 
 def main(argv: list[str]) -> int:
     """Trains every combination of a sweep's values, many in one compiled step, and leaves a table of their figures."""
-    flags = command.from_command_line(
-        argv,
-        main.__doc__,
-        workdir="the sweep's folder (default: runs/NAME-DIGEST); an interrupted sweep goes on there",
-        memory=f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
-        how="vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
-        launch="start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
-        workers="divide groups for so many workers (default: as many as --launch starts, else 1)",
-        wait="for units that others are at: yes (the default; takes over from who dies) or no",
-        stale=f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
     count = int(_number("workers", flags.workers or "1", "a number of workers", r"[1-9]\d*"))
     folder = Folder(path, _number("stale", flags.stale or str(claims.STALE), "seconds", r"\d*[1-9]\d*(\.\d*)?"))
@@ -252,7 +242,7 @@ class Sweep:
                 f"{text.size(self.limit)} of --memory; try a smaller config.batch_size or config.cache_views"
             )
         if group.how == "sequence":
-            return group.whole(1)
+            return 1
         fits = count
         if self.need(group, count) > self.limit:
             need = functools.partial(self.need, group)

@@ -4,9 +4,14 @@ Reads top to bottom: config, data, model and plan by shapes, weights, optimizer,
 and the final figures (`tljax.ending`).
 """
 
-from tljax import pages
+from tljax import command, pages
 
-if __name__ == "__main__":
+USAGE = {
+    "description": __doc__,
+    "workdir": "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
     pages.restart()
 
 import contextlib
@@ -20,7 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, cache, command, data, delta, ending, experiment, fisher, optim, parallel, phases, source
+from tljax import STARTED, cache, data, delta, ending, experiment, fisher, optim, parallel, phases, source
 from tljax import config as configs
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError, listing
@@ -31,13 +36,13 @@ from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, numbers_of, part, whole
 from tljax.termination import Termination
+from tljax.waiting import InputWait
 from tljax.workdir import Workdir
 
 
 def main(argv: list[str]) -> int:
     """Trains an experiment and leaves its figures, pictures and checkpoints in a workdir."""
-    where = "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there"
-    flags = command.from_command_line(argv, main.__doc__, workdir=where)
+    flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     configs.check(flags.config)
     parallel.start()
@@ -56,16 +61,21 @@ class Run:
         self.held = None  # the best checkpoint, as long as it is not written
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
+        self.waited = 0.0  # seconds for which the device had no batch, of those in seconds["train"]
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
 
     @contextlib.contextmanager
     def clock(self, part: str):
-        """Adds the time spent inside to the part's."""
-        begun = time.time()
+        """Adds the time spent inside to the part's, but for what goes to parts within it."""
+        begun = self.tick()
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.time() - begun
+            self.seconds[part] = self.seconds.get(part, 0.0) + self.tick() - begun
+
+    def tick(self) -> float:
+        """Seconds, of which those that a part has taken are none."""
+        return time.perf_counter() - sum(self.seconds.values())
 
     def train(self) -> int:
         """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
@@ -76,7 +86,8 @@ class Run:
         if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
             field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
-        self.exp = experiment.build(config, self.dataset.classes, self.layout)
+        with self.clock("model"):
+            self.exp = experiment.build(config, self.dataset.classes, self.layout)
         examples = len(self.dataset.train)
         penalty = self.exp.penalty
         if penalty and not (penalty.held or penalty.new):
@@ -94,7 +105,8 @@ class Run:
             self.console.final(finished)
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
-        table = experiment.plan_table(self.exp)
+        with self.clock("model"):
+            table = experiment.plan_table(self.exp)
         self.workdir.write("plan.txt", f"{table}\n")
         self.header()
         self.console.plan(table)
@@ -214,6 +226,7 @@ class Run:
         self.cache = None if not where else cache.FeatureCache(
             self.exp, self.layout, self.phase, state.params, state.stats, where,
             say=self.console.print, stopped=lambda: self.termination.received,
+            clock=functools.partial(self.clock, "features"),
         )  # fmt: skip
 
     def batches(self, start: int):
@@ -228,18 +241,16 @@ class Run:
                 train, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
                 views=config.cache_views, threads=config.data.threads, **common,
             )  # fmt: skip
-        begun = time.time()
-        with self.clock("features"):
-            for view in cache.needed(config, self.phase, len(train), start) if start < stop else ():
+        if jax.process_count() > 1 and start < stop:  # which compute together, and ask for rows of their own
+            for view in cache.needed(config, self.phase, len(train), start):
                 self.cache(train, view)
-            if len(self.dataset.val):
-                self.cache(self.dataset.val)
-        self.console.print(
-            f"feature cache: {text.size(self.cache.nbytes)} ready in {text.duration(time.time() - begun)}"
-        )
-        return data.feature_batches(
-            functools.partial(self.cache, train), train.labels, views=cache.views(config), **common
-        )
+        count, first = cache.views(config), self.phase.start * config.batch_size // len(train)
+
+        def features(view):  # in the order of the phase's first epoch that shows the view
+            order = data.permutation(len(train), config.seed, first + (view - first) % count)
+            return self.cache.growing(train, view, order)
+
+        return data.feature_batches(features, train.labels, views=count, **common)
 
     def base_digest(self) -> str:
         """One digest over all that checkpoints leave out, as it was at the start."""
@@ -319,12 +330,22 @@ class Run:
         now = lambda: whole(own, shared, self.plan)
         pending = self.notes["pending"]  # metrics of the steps since the last row
         stopping = False
-        with self.console.progress(self.total, start, every["log"]) as bar, contextlib.closing(batches):
-            begun, counted = time.time(), 0
-            for step, batch in enumerate(batches, start + 1):
+        bar, wait = self.console.progress(self.total, start, every["log"]), InputWait()
+        with bar as bar, wait, contextlib.closing(batches):
+            begun, counted = self.tick(), 0
+            for step in range(start + 1, self.phase.stop + 1):
                 if self.ended_early():
                     break
-                own, measured = self.train_step(own, shared, self.layout.place_batch(batch), self.numbers)
+                try:
+                    batch = self.placed(batches, wait)
+                except cache.Interrupted:
+                    if step == start + 1:
+                        raise
+                    stopping, pending[:] = True, self.fetched(pending, step - 1)
+                    self.save(now())
+                    break
+                own, measured = self.train_step(own, shared, batch, self.numbers)
+                wait.given(measured)
                 pending.append(measured)
                 counted += 1
                 if step == start + 1:
@@ -332,7 +353,9 @@ class Run:
                     if self.first_step is None:
                         self.first_step = round(time.time() - STARTED, 2)
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
-                    begun, counted = time.time(), 0  # what follows is the steady pace
+                    self.seconds["first step"] = self.seconds.get("first step", 0.0) + self.tick() - begun
+                    begun, counted = self.tick(), 0  # what follows is the steady pace
+                    wait.seconds = 0.0
                 due = {name for name, n in every.items() if step % n == 0 or step == self.total}
                 stopping = (
                     self.checkpoints.preempted(step) if jax.process_count() > 1 else bool(self.termination.received)
@@ -340,7 +363,7 @@ class Run:
                 if not (due or stopping):
                     continue
                 pending[:] = self.fetched(pending, step)
-                spent = time.time() - begun
+                spent = self.tick() - begun
                 self.seconds["train"] = self.seconds.get("train", 0.0) + spent
                 speed = config.batch_size * counted / spent if counted else None
                 if "log" in due:
@@ -356,10 +379,21 @@ class Run:
                     self.hold(now())
                 if stopping:
                     break
-                begun, counted = time.time(), 0
+                begun, counted = self.tick(), 0
+        self.waited += wait.seconds
+        if self.cache:
+            spent = text.duration(self.seconds.get("features", 0.0))
+            self.console.print(f"feature cache: {text.size(self.cache.nbytes)} used, {spent} to compute or read them")
         with self.clock("checkpoints"):
             self.checkpoints.wait()
         return now(), stopping
+
+    def placed(self, batches, wait: InputWait) -> dict:
+        """The next batch, on the devices, which meanwhile compute the step before."""
+        asked, free = time.perf_counter(), self.tick()
+        batch = self.layout.place_batch(next(batches))
+        wait.arrived(asked, busy=time.perf_counter() - asked - (self.tick() - free))  # features are the device's work
+        return batch
 
     def fetched(self, pending: list[dict], step: int) -> list[dict]:
         """The pending metrics as floats. Raises UserError at the first loss that is not finite."""

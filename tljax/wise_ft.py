@@ -5,6 +5,19 @@ the target task; for the source task the loaded one is put back. LoRA and IA3 ar
 well. Nothing is trained.
 """
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "workdir": "the run",
+    "alphas": "shares of the trained weights (default: 0,0.25,0.5,0.75,1)",
+    "source": "photographs of the source task, as folder:DIR (default: config.source.data of the run, if any)",
+    "checkpoint": "best, last or a step (default: what config.select says)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import json
 from typing import Any
 
@@ -12,7 +25,6 @@ import jax
 import numpy as np
 
 from tljax import data, source
-from tljax.command import from_command_line
 from tljax.errors import UserError
 from tljax.evaluate import Evaluator, restore
 from tljax.experiment import Experiment
@@ -119,15 +131,7 @@ def main(argv: list[str]) -> int:
     from tljax.report.page import html
     from tljax.workdir import Workdir
 
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        workdir="the run",
-        alphas="shares of the trained weights (default: 0,0.25,0.5,0.75,1)",
-        source="photographs of the source task, as folder:DIR (default: config.source.data of the run, if any)",
-        checkpoint="best, last or a step (default: what config.select says)",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder of a run")
     alphas = _alphas(flags.alphas)
@@ -156,6 +160,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

@@ -4,13 +4,29 @@ A CLIP says how well a photograph goes with each class's prompts (Radford et al.
 classifier is where fine-tuning begins with `config.head = "zeroshot"`.
 """
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "weights": "a CLIP's: a name of the catalogue, a file, hf:org/name",
+    "data": "the photographs, as config.data.source: folder:DIR, fruit, …",
+    "classes": "their names: a file with a line each, or a list with commas (default: as the data call them)",
+    "templates": "prompts: default, ensemble, or a file with a line each, {} for the class",
+    "tokenizer": "a tokenizer.json, vocab.json, or list of merges (default: the one beside the weights)",
+    "model": "the network (default: found out)",
+    "split": "train, val, test or all (default: test where there is one, else all)",
+    "workdir": "a folder for zeroshot.json (default: nothing is written)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 import json
 from pathlib import Path
 
 import numpy as np
 
 from tljax import experiment, parallel, texts, weights
-from tljax.command import from_command_line
 from tljax.config import base
 from tljax.data import dataset
 from tljax.errors import UserError, listing
@@ -124,19 +140,7 @@ def main(argv: list[str]) -> int:
     """Classifies photographs with a CLIP by the classes' names: top-1, top-5 and each class's, with 95 % intervals."""
     from tljax.report.console import Console, quiet_libraries
 
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        weights="a CLIP's: a name of the catalogue, a file, hf:org/name",
-        data="the photographs, as config.data.source: folder:DIR, fruit, …",
-        classes="their names: a file with a line each, or a list with commas (default: as the data call them)",
-        templates=f"prompts: {', '.join(texts.TEMPLATES)}, or a file with a line each, {{}} for the class",
-        tokenizer="a tokenizer.json, vocab.json, or list of merges (default: the one beside the weights)",
-        model="the network (default: found out)",
-        split="train, val, test or all (default: test where there is one, else all)",
-        workdir="a folder for zeroshot.json (default: nothing is written)",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     for name in ("weights", "data"):
         if not flags[name].value:
             raise UserError(f"no --{name}: {flags[name].help}")
@@ -170,6 +174,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tljax.command import run
-
-    run(main)
+    command.run(main)

@@ -14,7 +14,7 @@ from tljax.errors import UserError
 from tljax.weights import hub
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-from huggingface_hub import constants, errors  # noqa: E402
+from huggingface_hub import constants, errors
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 

@@ -1,8 +1,20 @@
 """A run's adapters as files: `python -m tljax.adapters --workdir=… --save=…`, or merged into plain weights."""
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "workdir": "the run",
+    "checkpoint": "best, last or a step (default: what config.select says)",
+    "save": "a file for the adapters and what trained beside them",
+    "merge": "a file for the whole plain weights",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 from tljax import phases, plan
 from tljax.adapters import files, merge
-from tljax.command import from_command_line, run
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report import text
@@ -12,15 +24,7 @@ from tljax.workdir import Workdir
 
 def main(argv: list[str]) -> int:
     """Writes a run's adapters, with its head, or its weights with the adapters folded in, as safetensors."""
-    flags = from_command_line(
-        argv,
-        main.__doc__,
-        config=False,
-        workdir="the run",
-        checkpoint="best, last or a step (default: what config.select says)",
-        save="a file for the adapters and what trained beside them",
-        merge="a file for the whole plain weights",
-    )
+    flags = command.from_command_line(argv, **USAGE)
     if not flags.workdir or not (flags.save or flags.merge):
         raise UserError("expected --workdir=RUN and --save=FILE or --merge=FILE")
     quiet_libraries()
@@ -44,4 +48,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

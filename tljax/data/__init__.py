@@ -6,7 +6,7 @@ Importing this package imports neither grain nor OpenCV, PIL, pyarrow or TFDS: e
 
 from tljax.data.dataset import Dataset, Fields, Split, defaults, load
 from tljax.data.mix import mix, soft_targets
-from tljax.data.pipeline import Augment, eval_batches, feature_batches, slices, train_batches, view_batches
+from tljax.data.pipeline import Augment, eval_batches, feature_batches, permutation, slices, train_batches, view_batches
 
 __all__ = [
     "Augment",
@@ -18,6 +18,7 @@ __all__ = [
     "feature_batches",
     "load",
     "mix",
+    "permutation",
     "slices",
     "soft_targets",
     "train_batches",

@@ -6,7 +6,7 @@ processes, so a run resumes exactly at any step, and nothing of the pipeline's s
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -112,23 +112,24 @@ def order(n: int, seed: int) -> Callable[[int], tuple[int, int]]:
         raise UserError("the train split is empty")
 
     # Two, as threads work on both sides of an epoch's end.
-    permutation = functools.lru_cache(maxsize=2)(functools.partial(_permutation, n, seed))
-    return lambda j: (j // n, int(permutation(j // n)[j % n]))
+    of = functools.lru_cache(maxsize=2)(functools.partial(permutation, n, seed))
+    return lambda j: (j // n, int(of(j // n)[j % n]))
 
 
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The places in the split of n in the order in which an epoch shows them, int64 [n]."""
     return np.random.default_rng((seed, ORDER, epoch)).permutation(n)
 
 
 def stream(n: int, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(epoch, place in the split of n) of the first `count` examples of the stream, int32 [count] each."""
     epochs = -(-count // n)
-    places = np.concatenate([_permutation(n, seed, epoch) for epoch in range(epochs)])
+    places = np.concatenate([permutation(n, seed, epoch) for epoch in range(epochs)])
     return (np.arange(count) // n).astype(np.int32), places[:count].astype(np.int32)
 
 
 def feature_batches(
-    features: Callable[[int], np.ndarray],
+    features: Callable[[int], Sequence],
     labels: np.ndarray,
     *,
     batch_size: int,
@@ -140,7 +141,7 @@ def feature_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """What `train_batches` with so many views gives, each photograph replaced by its features.
 
-    `features(view)` are those of the whole split, [photographs, …]; batches are {"features": [b, …],
+    `features(view)[place]` are those of one photograph; batches are {"features": [b, …],
     "label": int32 [b]}.
     """
     index, local = _share(batch_size, process)
@@ -195,8 +196,9 @@ def view_batches(
     interpolation: str = "bicubic",
     threads: int = 2,
     process: tuple[int, int] = (0, 1),
+    order: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One augmented view of the whole split, in order, as `eval_batches` gives the evaluation crop.
+    """One augmented view of the whole split, as `eval_batches` gives the evaluation crop, in order or in the `order`.
 
     A view is a function of its number and of the photograph's row in the data's table, and neither of the run's seed
     nor of the split: runs can share it.
@@ -204,7 +206,7 @@ def view_batches(
     augment = Augment.of(augment)
     transforms.check_interpolation(interpolation)
     transform = lambda at, image: _augmented(_view(view, split.rows[at]), image, size, augment, interpolation, crop)
-    return _once(split, transform, batch_size, size, threads, process)
+    return _once(split, transform, batch_size, size, threads, process, order)
 
 
 def _view(view: int, row: int) -> np.random.Generator:
@@ -212,8 +214,8 @@ def _view(view: int, row: int) -> np.random.Generator:
     return np.random.default_rng((0, VIEW, view, int(row)))
 
 
-def _once(split: Split, transform, batch_size: int, size: int, threads: int, process: tuple[int, int]):
-    """Batches of the whole split once, in order; `transform(place, image)` makes the pixels."""
+def _once(split: Split, transform, batch_size: int, size: int, threads: int, process: tuple[int, int], order=None):
+    """Batches of the whole split once, in order or in the `order`; `transform(place, image)` makes the pixels."""
     index, local = _share(batch_size, process)
     blank = np.zeros((size, size, 3), np.uint8)
 
@@ -222,6 +224,7 @@ def _once(split: Split, transform, batch_size: int, size: int, threads: int, pro
         at = step * batch_size + index * local + within
         if at >= len(split):
             return {"image": blank, "label": np.int32(0), "mask": np.float32(0), "index": np.int32(-1)}
+        at = at if order is None else int(order[at])
         found = _example(split, at, functools.partial(transform, at))
         return {**found, "mask": np.float32(1), "index": np.int32(at)}
 

@@ -76,4 +76,4 @@ def resize_and_centre_crop(image, size: int, crop: float, interpolation: str) ->
 
 def flip(image: np.ndarray) -> np.ndarray:
     """Left and right exchanged."""
-    return np.ascontiguousarray(image[:, ::-1])
+    return opencv().flip(image, 1)  # many times faster than a copy of the reversed view

@@ -1,7 +1,16 @@
 """What there is: `python -m tljax.models` lists all networks, `python -m tljax.models 'vit*' resnet50` some."""
 
+from tljax import command
+
+USAGE = {
+    "description": __doc__,
+    "config": False,
+    "rest": "names or patterns of networks, as 'vit*' (default: all)",
+}
+if __name__ == "__main__":  # before what is slow to import
+    command.help_if_asked(**USAGE)
+
 from tljax import errors, models
-from tljax.command import from_command_line, run
 from tljax.errors import listing
 from tljax.models.counts import counts
 from tljax.plan import matches
@@ -15,9 +24,7 @@ HEADINGS = ("parameters", "GFLOP", "size", "stages")
 
 def main(argv: list[str]) -> int:
     """Prints a row a network: parameters, GFLOP of a forward pass, input size, stages, weights in the catalogue."""
-    flags = from_command_line(
-        argv, main.__doc__, config=False, rest="names or patterns of networks, as 'vit*' (default: all)"
-    )
+    flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     chosen, console = select(flags.rest), Console()
     width = max(map(len, chosen))
@@ -59,4 +66,4 @@ def line(name: str, cells: tuple[str, ...], last: str, width: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

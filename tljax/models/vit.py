@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from tljax.errors import UserError
 from tljax.models import layers, naming
+from tljax.models.attention import attend
 from tljax.models.chain import Chain
 from tljax.models.vit_tables import tables
 
@@ -108,7 +109,7 @@ class Embed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), the shares in float32."""
+    """Multi-head self-attention (Vaswani et al. 2017)."""
 
     common: layers.Common
     heads: int
@@ -117,26 +118,18 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., tokens, width] -> the same."""
-        if not self.causal:
-            return self.attend(x)
-        earlier = jnp.tril(jnp.ones((x.shape[-2],) * 2, bool))
-        return self.attend(x, jnp.where(earlier, 0, -jnp.inf))
+        return self.attend(x)
 
     @nn.compact
     def attend(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x: [..., tokens, width] -> the same; bias: added to the scores [..., heads, queries, keys]."""
         c, (*outer, tokens, width) = self.common, x.shape
 
-        def project(name):  # -> [..., heads, tokens, width / heads]
-            split = layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(*outer, tokens, self.heads, -1)
-            return split.swapaxes(-3, -2)
+        def project(name):  # -> [..., tokens, heads, width / heads]
+            return layers.Dense(c, width, self.qkv_bias, name=name)(x).reshape(*outer, tokens, self.heads, -1)
 
-        query, key, value = map(project, ("query", "key", "value"))
-        query = query * (width // self.heads) ** -0.5
-        scores = jnp.matmul(query, key.swapaxes(-2, -1), preferred_element_type=jnp.float32)
-        scores = scores if bias is None else scores + bias
-        x = jax.nn.softmax(scores).astype(c.dtype) @ value
-        return layers.Dense(c, width, name="out")(x.swapaxes(-3, -2).reshape(*outer, tokens, width))
+        x = attend(*map(project, ("query", "key", "value")), bias, self.causal)
+        return layers.Dense(c, width, name="out")(x.reshape(*outer, tokens, width))
 
 
 class MLP(nn.Module):

@@ -240,6 +240,8 @@ def final_rows(summary: dict) -> dict[str, str | list[str]]:
         )
     if summary.get("images_per_second"):
         rows["speed"] = f"{summary['images_per_second']:.0f} images/s"
+    if get("input_wait"):
+        rows["input wait"] = f"{text.percent(summary['input_wait']['share'])} of the time in training"
     if summary.get("peak_memory_bytes"):
         rows["peak memory"] = text.size(summary["peak_memory_bytes"])
     spent = get("time")

@@ -95,6 +95,8 @@ def _cards(summary: dict) -> str:
         small.append((f"step {best['step']:,}", f"best on val: {', '.join(chosen)}", ""))
     if summary.get("images_per_second"):
         small.append((f"{summary['images_per_second']:,.0f} images/s", "in training", ""))
+    if summary.get("input_wait"):
+        small.append((text.percent(summary["input_wait"]["share"]), "of it, input wait", ""))
     if summary.get("flops_per_step"):
         small.append((text.flops(summary["flops_per_step"]), "a training step, as compiled", ""))
     if summary.get("peak_memory_bytes"):
