@@ -23,8 +23,6 @@ if __name__ == "__main__":  # before what is slow to import
 
 import bisect
 import contextlib
-import copy
-import dataclasses
 import functools
 import re
 import time
@@ -33,16 +31,14 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, data, experiment, grid, halving, members, memory, parallel, search, strategies, workers
+from tljax import alike, data, experiment, grid, halving, members, memory, parallel, search, workers
 from tljax import config as configs
 from tljax.claims import Claim
 from tljax.distributions import Distribution
 from tljax.errors import UserError, listing, unknown
-from tljax.experiment import Experiment
 from tljax.folder import Folder, Unit, share
 from tljax.grid import Member
-from tljax.group import Group, pools
-from tljax.patterns import matches
+from tljax.group import Group
 from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
@@ -186,36 +182,17 @@ class Sweep:
     def groups(self, members: Sequence[Member]) -> list[Group]:
         """The groups of some members."""
         found = []
-        for wide in self.wide(members):
+        for wide in alike.wide(members, self.dataset):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
-            kept, said = _keep(exp, datasets)
+            kept, said = alike.keep(exp, datasets)
             free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
-            if _draws_frozen(exp):
+            if alike.draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
                 found.append(self.group(part, kept))
-        return found
-
-    def wide(self, members: Sequence[Member]) -> list[tuple[Member, ...]]:
-        """Members that one compiled step can train if their photographs allow it.
-
-        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
-        """
-        found = []
-        for alike in grid.grouped(members, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
-            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
-            kinds = {text: text for text in parsed}  # adapters make another model
-            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
-            if len({member.config.strategy for member in plain}) > 1:
-                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
-                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
-            groups: dict[str, list[Member]] = {}
-            for member in alike:
-                groups.setdefault(kinds[member.config.strategy], []).append(member)
-            found += map(tuple, groups.values())
         return found
 
     def group(self, found: Sequence[Member], kept: str) -> Group:
@@ -297,23 +274,6 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"config.phases = {config.phases!r}: a sweep has one phase; give config.strategy")
     if config.source.data:
         raise UserError(f"config.source.data = {config.source.data!r}: a sweep does not measure forgetting")
-
-
-def _keep(exp: Experiment, datasets: list[data.Dataset]) -> tuple[str, str]:
-    """Where the features of a frozen prefix are kept ("" for nowhere), and why; "auto": wherever they can be."""
-    config = copy.deepcopy(exp.config)
-    config.cache = "memory" if config.cache == "auto" else config.cache
-    examples = {name: len(split) for name, split in pools(datasets).items()}
-    phase = exp.in_time(examples["train"])[0]
-    return cache.choose(dataclasses.replace(exp, config=config), phase, examples)
-
-
-def _draws_frozen(exp: Experiment) -> bool:
-    """Whether something that stays frozen, or that holds what trains, depends on the seed."""
-    if exp.penalty and exp.penalty.regulariser.fisher:
-        return True
-    frozen = [leaf.path for leaf in exp.plans[0][1].leaves if not leaf.multiplier]
-    return bool(frozen) if exp.card is None else any(matches(p, path) for path in frozen for p in exp.config.reset)
 
 
 def _outcome(rows: list[dict]) -> str:
