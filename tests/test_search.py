@@ -1,10 +1,11 @@
 """Searches: what random ones draw, what a study asks for and is told, and what of both a killed process leaves."""
 
+import contextlib
 import json
 import math
 import re
 import signal
-import time
+import sqlite3
 from collections import Counter
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def test_results_that_were_not_told_are(tmp_path):
 def test_workers_share_a_study_and_what_a_silent_one_has_left(tmp_path, monkeypatch):
     """Two workers of one study: no trial twice; those of one that beats no more are the other's, numbers and all."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    made = sweeping(RATES, f"optuna(9, generation=3, heartbeat=1, study='one', storage={url!r})")
+    made = sweeping(RATES, f"optuna(9, generation=3, heartbeat=3600, study='one', storage={url!r})")
     mine, theirs = Made(tmp_path / "a"), Made(tmp_path / "b")
     a = search.of(made).generations(made, mine, print)
     silent = study.Study(search.of(made), made, theirs)
@@ -234,11 +235,18 @@ def test_workers_share_a_study_and_what_a_silent_one_has_left(tmp_path, monkeypa
     mine.train(second, far)
     assert [member.number for member in [*first, *left, *second]] == list(range(18))
     assert len({member.config.optim.lr for member in [*first, *left, *second]}) == 9
-    said = []
-    monkeypatch.setattr(study.time, "sleep", lambda seconds: (said.append(seconds), time.monotonic()) and wait(0.2))
-    wait = __import__("threading").Event().wait
+    waited = []
+
+    def long_after(seconds):
+        """Three hours without a beat of the silent worker."""
+        waited.append(seconds)
+        with contextlib.closing(sqlite3.connect(tmp_path / "shared.db")) as database:
+            database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-3 hours')")
+            database.commit()
+
+    monkeypatch.setattr(study.time, "sleep", long_after)
     third = next(a)  # once two heartbeats are missing
-    assert said
+    assert waited == [5]
     assert [(m.number, m.fields) for m in third] == [(m.number, m.fields) for m in left]
     mine.train(third, far)
     assert not list(a)
@@ -276,6 +284,32 @@ def test_trials_of_a_killed_process_are_taken_up_at_once(tmp_path):
     whole, _ = asked(made, Made(tmp_path / "whole"))
     told = lambda generations: [(member.number, member.fields) for members in generations for member in members]
     assert told(again) == told(whole[1:])
+
+
+TOGETHER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_search import Made, RATES, far, search, sweeping
+made = sweeping(RATES, f"optuna(12, generation=2, study='one', storage={sys.argv[3]!r})")
+folder = Made(sys.argv[2])
+for members in search.of(made).generations(made, folder, lambda line: None):
+    time.sleep(0.3)
+    folder.train(members, far)
+print(*[row["number"] for row in folder.rows])
+"""
+
+
+def test_processes_that_start_at_once_share_the_trials_of_a_study(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    given = (str(Path(__file__).parent), *(str(tmp_path / name) for name in "ab"))
+    processes = [conftest.script(TOGETHER, given[0], folder, url) for folder in given[1:]]
+    found = []
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        found.append(list(map(int, out.split())))
+    assert sorted(found[0] + found[1]) == list(range(24))
+    assert all(found)
 
 
 def test_a_storage_that_cannot_be_opened_and_a_missing_package_are_told_in_one_line(tmp_path, monkeypatch):

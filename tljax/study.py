@@ -7,6 +7,7 @@ a killed worker keeps its number when another trains it.
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 AXES = "tljax axes"  # attributes of a study, and of a trial
 WORKER = "tljax worker"
+RACED = re.compile("already exists|UNIQUE|duplicate key", re.IGNORECASE)  # two workers have made the tables at once
 WORKERS: set[str] = set()  # those of this process: another that had its number is gone
 
 
@@ -86,32 +88,41 @@ class Study:
         self.study = self._opened(config)
 
     def _opened(self, config: ConfigDict):
-        optuna, storages = self.optuna, self.optuna.storages
         url = self.search.storage or f"sqlite:///{self.folder.path / 'study.db'}"
-        # Several processes write to one file: each waits for its turn.
-        arguments = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         name = self.search.study or f"{config.name}-{configs.digest(config)}"
-        self.again = storages.RetryHeartbeatStaleTrialCallback()
-        try:
-            self.storage = storages.RDBStorage(
-                url, arguments, heartbeat_interval=self.search.heartbeat, grace_period=2 * self.search.heartbeat,
-                heartbeat_stale_trial_callback=self.again,
-            )  # fmt: skip
-            study = optuna.create_study(
-                storage=self.storage, study_name=name, load_if_exists=True,
-                direction="minimize" if self.sign < 0 else "maximize",
-            )  # fmt: skip
-            axes = {field: str(v) if isinstance(v, Distribution) else list(v) for field, v in self.space.axes.items()}
-            mine = {"metric": self.metric} | json.loads(json.dumps(axes))
-            theirs = study.user_attrs.get(AXES) or mine
-            study.set_user_attr(AXES, theirs)
-        except Exception as error:  # of Optuna, SQLAlchemy, a driver of its, or of an import of one
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"the storage {_shown(url)} cannot be opened: {line}") from error
+        axes = {field: str(v) if isinstance(v, Distribution) else list(v) for field, v in self.space.axes.items()}
+        mine = {"metric": self.metric} | json.loads(json.dumps(axes))
+        for left in (2, 1, 0):
+            try:
+                study, theirs = self._joined(url, name, mine)
+                break
+            except Exception as error:  # of Optuna, SQLAlchemy, a driver of its, or of an import of one
+                line = " ".join(str(error).split())[:200]
+                if not left or not RACED.search(line):
+                    raise UserError(f"the storage {_shown(url)} cannot be opened: {line}") from error
+                time.sleep(1)
         if theirs != mine:
             found = [f"{k}: {theirs.get(k)!r} → {mine.get(k)!r}" for k in theirs | mine if theirs.get(k) != mine.get(k)]
             raise UserError(f"the study {name!r} at {_shown(url)} has other axes: {listing(found)}; name another study")
         return study
+
+    def _joined(self, url: str, name: str, axes: dict) -> tuple[Any, dict]:
+        """The study, made where there is none, and the axes that it is of."""
+        optuna, storages, seconds = self.optuna, self.optuna.storages, self.search.heartbeat
+        # Several processes write to one file: each waits for its turn.
+        arguments = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        self.again = storages.RetryHeartbeatStaleTrialCallback()
+        self.storage = storages.RDBStorage(
+            url, arguments, heartbeat_interval=seconds, grace_period=2 * seconds,
+            heartbeat_stale_trial_callback=self.again,
+        )  # fmt: skip
+        study = optuna.create_study(
+            storage=self.storage, study_name=name, load_if_exists=True,
+            direction="minimize" if self.sign < 0 else "maximize",
+        )  # fmt: skip
+        theirs = study.user_attrs.get(AXES) or axes
+        study.set_user_attr(AXES, theirs)
+        return study, theirs
 
     # ---- trials
 
