@@ -33,6 +33,7 @@ class Course:
     diverged: int = 0  # the step whose loss was not finite; 0: none was
     best: dict | None = None
     since_best: int = 0
+    eliminated: bool = False  # stopped for being worse than others
     evaluations: dict[int, dict] = dataclasses.field(default_factory=dict)
 
     def anew(self) -> "Course":
@@ -45,7 +46,7 @@ class Course:
     def over(self) -> bool:
         """Whether it trains no more."""
         early = self.member.config.early_stop
-        return bool(self.diverged) or self.step >= self.total or 0 < early <= self.since_best
+        return bool(self.diverged) or self.eliminated or self.step >= self.total or 0 < early <= self.since_best
 
 
 def fetched(courses: Sequence[Course], pending: list[tuple[np.ndarray, dict]]) -> list[dict]:
@@ -63,6 +64,8 @@ def fetched(courses: Sequence[Course], pending: list[tuple[np.ndarray, dict]]) -
 def row(course: Course, steps: dict[str, np.ndarray], figures: dict[str, dict | None]) -> dict:
     """What is told of a member; `steps` are the metrics of all steps, {name: [steps]}."""
     status = "finished" if course.step == course.total else "stopped early"
+    if course.eliminated:
+        status = f"eliminated at step {course.step}"
     curve, start = [], 0
     for step in range(1, course.step + 1):
         place = {"step": step, "epoch": round(step / course.per_epoch, 4)}

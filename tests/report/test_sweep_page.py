@@ -22,7 +22,8 @@ def page(tmp_path):
     def write(config, found, planned=None):
         folder = Workdir(tmp_path)
         sweep_table.write(folder, found)
-        sweep_table.best(folder, found, {member.number: member.config for member in grid.members(config)})
+        configs_of = {member.number: member.config for member in grid.members(config)}
+        sweep_table.best(folder, found, config.metric, lambda row: configs_of[row["number"]])
         sweep_page.Page(folder, config).write(found, planned or len(found))
         return Page((tmp_path / "report.html").read_text())
 

@@ -30,6 +30,11 @@ class Setting:
         """The rows of repeats that have diverged."""
         return tuple(row for row in self.rows if row["status"].startswith("diverged"))
 
+    @property
+    def eliminated(self) -> bool:
+        """Whether it was stopped for being worse than others (`tljax.halving`): its figures are of fewer steps."""
+        return any(row["status"].startswith("eliminated") for row in self.rows)
+
     def interval(self, split: str, name: str) -> tuple[float, float]:
         """(mean, half the width of its 95 % interval) over the repeats; nan where there are too few."""
         return interval(self.scores(split, name))
@@ -170,9 +175,13 @@ class Ranked(NamedTuple):
 
 
 def value(setting: Setting, metric: Metric) -> float:
-    """The mean of a setting's figure, nan unless all of its repeats have one: who has diverged is the worst."""
+    """The mean of a setting's figure, nan unless all of its repeats have one: who has diverged is the worst.
+
+    So is who was eliminated, whatever his figures were.
+    """
     scores = setting.scores(*metric)
-    return float(np.mean(list(scores.values()))) if len(scores) == len(setting.rows) else math.nan
+    whole = len(scores) == len(setting.rows) and not setting.eliminated
+    return float(np.mean(list(scores.values()))) if whole else math.nan
 
 
 def ranked(found: Sequence[Setting], metric: str) -> list[Ranked]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from tljax import grid
-from tljax.config import flatten
+from tljax.distributions import Distribution
 from tljax.grid import NUMBERS, REPEATS, STREAMS, names
 from tljax.report import ranking, sweep_curves, sweep_pictures, text
 from tljax.report.page import _e, _grid, _picture, _section, document
@@ -218,7 +218,7 @@ def _repeat(row: dict) -> str:
 
 def _axes(view: View) -> str:
     rows = []
-    for axis, values in flatten(view.config.sweep).items():
+    for axis, values in grid.space(view.config).axes.items():
         fields = [name for name in names(axis) if not name.startswith("#")]
         kind = "groups"
         if fields == ["strategy"]:
@@ -227,6 +227,9 @@ def _axes(view: View) -> str:
             kind = "numbers: in one compiled step"
         elif all(field in NUMBERS + STREAMS for field in fields):
             kind = "seeds and subsets: in one compiled step on kept features"
+        if isinstance(values, Distribution):
+            rows.append([_e(axis), "any", _e(str(values)), _e(kind)])
+            continue
         labels = [i for i, name in enumerate(names(axis)) if name.startswith("#")]
         short = lambda value, labels=labels: " ".join(str(value[i]) for i in labels) if labels else str(value)
         written = ", ".join(map(short, values))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -58,13 +59,12 @@ def write(folder: Workdir, rows: list[dict]) -> None:
     folder.write("curves.jsonl", "".join(lines))
 
 
-def best(folder: Workdir, rows: list[dict], configs: dict[int, ConfigDict]) -> str:
-    """Writes the config that is the best by config.metric, `best.py`; returns what it says of it.
+def best(folder: Workdir, rows: list[dict], metric: str, config_of: Callable[[dict], ConfigDict]) -> str:
+    """Writes the config of the row that is the best by a metric, `best.py`; returns what it says of it.
 
     The figure is that of val, averaged over the seeds and folds of otherwise equal members: the luckiest of many is
-    not the best. One that has diverged counts as the worst.
+    not the best. One that has diverged counts as the worst, and one that was eliminated is not chosen.
     """
-    metric = configs[0].metric
     first = next(iter(ranking.ranked(ranking.settings(rows), metric)), None)
     if first is None or not math.isfinite(first.value):
         return f"no member has a {metric}: there is no best"
@@ -72,7 +72,7 @@ def best(folder: Workdir, rows: list[dict], configs: dict[int, ConfigDict]) -> s
     fields = ", ".join(f"{field} = {value!r}" for field, value in first.setting.fields.items())
     over = f", mean of {len(chosen)}" if len(chosen) > 1 else ""
     line = f"the best by {metric}, {first.value:.4g}{over}: {fields or 'there is one setting'}"
-    config = to_json(configs[chosen[0]["number"]]).replace("\\", "\\\\").replace('"""', r"\"\"\"")
+    config = to_json(config_of(chosen[0])).replace("\\", "\\\\").replace('"""', r"\"\"\"")
     text = line.replace("\\", "\\\\").replace('"""', "'''")
     folder.write("best.py", BEST.format(line=text, path=folder.path / "best.py", config=config))
     return line
