@@ -2,9 +2,10 @@
 
     python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py --workdir=runs/lr_by_depth
     python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py:model=resnet50 --config.sweep.seed="(0,)"
-    python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py --config.halving="halving(rungs=2)"
+    python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py --config.halving=""
 
-Each depth is a group: its frozen prefix is computed once, and one compiled step trains its 24 members.
+Each depth is a group: its frozen prefix is computed once, and one compiled step trains its 24 members. Of its rates the
+better half goes on after an eighth, a quarter and a half of the steps; without halving all are trained to the end.
 """
 
 from tljax.config import arguments, base
@@ -24,5 +25,5 @@ def get_config(arg=""):
             "seed": range(3),
         }
     )
-    config.halving = ""
+    config.halving = "halving(rungs=3, keep=0.5)"
     return config
