@@ -6,9 +6,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from tljax.config import flatten
 from tljax.data import Dataset
 from tljax.grid import Member
 from tljax.step import Numbers
+
+# What a reader of the table asks for of every run, an axis or not.
+TOLD = (
+    "model", "weights", "strategy", "optim.lr", "optim.weight_decay", "label_smoothing", "batch_size", "train_for",
+    "data.limit", "data.val", "data.fold_seed", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -26,6 +33,7 @@ class Course:
     diverged: int = 0  # the step whose loss was not finite; 0: none was
     best: dict | None = None
     since_best: int = 0
+    eliminated: bool = False  # stopped for being worse than others
     evaluations: dict[int, dict] = dataclasses.field(default_factory=dict)
 
     def anew(self) -> "Course":
@@ -38,7 +46,7 @@ class Course:
     def over(self) -> bool:
         """Whether it trains no more."""
         early = self.member.config.early_stop
-        return bool(self.diverged) or self.step >= self.total or 0 < early <= self.since_best
+        return bool(self.diverged) or self.eliminated or self.step >= self.total or 0 < early <= self.since_best
 
 
 def fetched(courses: Sequence[Course], pending: list[tuple[np.ndarray, dict]]) -> list[dict]:
@@ -56,6 +64,8 @@ def fetched(courses: Sequence[Course], pending: list[tuple[np.ndarray, dict]]) -
 def row(course: Course, steps: dict[str, np.ndarray], figures: dict[str, dict | None]) -> dict:
     """What is told of a member; `steps` are the metrics of all steps, {name: [steps]}."""
     status = "finished" if course.step == course.total else "stopped early"
+    if course.eliminated:
+        status = f"eliminated at step {course.step}"
     curve, start = [], 0
     for step in range(1, course.step + 1):
         place = {"step": step, "epoch": round(step / course.per_epoch, 4)}
@@ -65,8 +75,10 @@ def row(course: Course, steps: dict[str, np.ndarray], figures: dict[str, dict | 
             start = step
         if step in course.evaluations:
             curve.append(place | {f"val/{name}": value for name, value in course.evaluations[step].items()})
+    given, dataset = flatten(course.member.config), course.dataset
     return {
-        "number": course.member.number, "fields": course.member.fields,
+        "number": course.member.number, "fields": course.member.fields, "config": {name: given[name] for name in TOLD},
+        **{f"n_{name}": len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "status": f"diverged at step {course.diverged}" if course.diverged else status,
         "steps": course.step, "epochs": round(course.step / course.per_epoch, 3), "best": course.best,
         **figures, "curve": curve,

@@ -51,11 +51,26 @@ class Group:
         self.spread = Spread(1 if alone else members_over(config.parallel.members, len(self.members)))
         one_step, varied = "vmap" if alone else self.how, len(streams) > 1 and not alone
         self.programs = Members(self.exp, self.layout, self.phase, one_step, bool(kept), varied, self.spread)
-        self.compiled, self.features = None, None
+        self.compiled, self.features, self.slots = None, None, 0
         self.on_device: dict[str, Any] = {}
         self.pools = pools(datasets)
         used = max(-(-course.total * config.batch_size // len(course.dataset.train)) for course in self.courses)
         self.views = min(cache.views(config) or 1, used)
+
+    def adopt(self, other: "Group | None") -> None:
+        """Goes on with what another group, whose members differ in numbers and streams alone, has compiled and kept."""
+        if other is None or self._shared() != other._shared():
+            return
+        self.features, self.on_device = other.features, other.on_device
+        self.programs, self.compiled, self.slots = other.programs, other.compiled, other.slots
+
+    def _shared(self) -> tuple:
+        """What of its members a group's program and features depend on."""
+        rows = [(name, split.rows.tobytes()) for name, split in self.pools.items()]
+        drops = self.drops or self.exp.config.drop_rate
+        decays = self.exp.config.optim.weight_decay > 0
+        way = (self.kept, self.views, self.programs.varied, self.how, len(self.spread.devices))
+        return *way, drops, decays, self.phase.plan.kind, getattr(self.exp.model, "adapters", ()), rows
 
     def _course(self, member: Member, dataset: Dataset) -> Course:
         config, n = member.config, len(dataset.train)
@@ -105,12 +120,40 @@ class Group:
     def train(self, courses: Sequence[Course], size: int, say: Callable = print):
         """Trains some members, filled up to `size`, and to a multiple of the devices. Returns (rows, own, shared).
 
-        A row is {"number", "fields", "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and
-        "test": figures or None, "seconds": its share, "curve": rows as those of metrics.jsonl}.
+        A row is {"number", "fields", "config": {field: value} of what readers ask for, "n_train" and others: numbers of
+        photographs, "status", "steps", "epochs", "best": {"step", "epoch", "value"} or None, "val" and "test": figures
+        or None, "seconds": its share, "group": the group's first member, "how", "kept", "curve": rows as those of
+        metrics.jsonl}.
         """
         begun = time.time()
-        size = self.spread.each(size) * len(self.spread.devices)
-        filled = [*courses, *[courses[-1]] * (size - len(courses))]
+        filled = self.filled(courses, size)
+        own, shared = self.begin(filled, say)
+        steps, own, best = self.fit(courses, filled, own, shared)
+        own = own if best is None else best
+        found = {name: self.figures(courses, filled, own, shared, name) for name in ("val", "test")}
+        seconds = (time.time() - begun) / len(courses)
+        rows = [
+            row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
+            for k, course in enumerate(courses)
+        ]
+        return [told | {"seconds": round(seconds, 3)} | self.ways for told in rows], own, shared
+
+    @property
+    def ways(self) -> dict:
+        """What a row tells of its group."""
+        return {"group": self.members[0].number, "how": self.how, "kept": self.kept}
+
+    def filled(self, courses: Sequence[Course], size: int) -> list[Course]:
+        """Members of a compiled step with so many slots; the last one again in those that are left."""
+        self.slots, size = size, self.whole(size)
+        return [*courses, *[courses[-1]] * (size - len(courses))]
+
+    def whole(self, size: int) -> int:
+        """So many slots, filled up to a multiple of the devices."""
+        return self.spread.each(size) * len(self.spread.devices)
+
+    def begin(self, filled: Sequence[Course], say: Callable) -> tuple[State, State]:
+        """The state of some members before the first step: (own [members, …], shared)."""
         load = functools.cache(lambda seed: self._loaded(filled, seed))
         information = None
         if self.exp.penalty and self.exp.penalty.regulariser.fisher:
@@ -120,15 +163,7 @@ class Group:
         own, shared = self.programs.begin(variables, information)
         if self.kept and self.features is None:
             self.features = cache.FeatureCache(self.exp, self._all(), self.phase, *variables[0], self.kept, say)
-        del variables
-        steps, own = self._fit(courses, filled, own, shared)
-        found = {name: self._figures(courses, filled, own, shared, name) for name in ("val", "test")}
-        seconds = (time.time() - begun) / len(courses)
-        rows = [
-            row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
-            for k, course in enumerate(courses)
-        ]
-        return [told | {"seconds": round(seconds, 3)} for told in rows], own, shared
+        return own, shared
 
     def _all(self) -> Layout:
         """Over all devices of the members, each of which takes its part of a batch of photographs."""
@@ -140,20 +175,28 @@ class Group:
         config = next(course.member.config for course in courses if course.member.config.seed == seed)
         return dataclasses.replace(self.exp, config=config).load()[:2]
 
-    def _fit(self, courses: Sequence[Course], filled: Sequence[Course], own: State, shared: State):
-        """Returns (metrics of every step, {name: [steps, members]}, the own parts to be evaluated)."""
+    def fit(
+        self, courses: Sequence[Course], filled: Sequence[Course], own: State, shared: State, best: State | None = None,
+        start: int = 0, stop: int | None = None,
+    ):  # fmt: skip
+        """Trains from step `start`, at which all are, to `stop`, by default the end.
+
+        Returns (metrics of these steps, {name: [steps, members]}, the own parts, those of the best so far where
+        config.select = "best", else None).
+        """
         inputs, index = self._inputs(filled)
         total = max(course.total for course in courses)
+        stop = total if stop is None else min(stop, total)
         rates = np.zeros((total, len(filled)), np.float32)
         for k, course in enumerate(courses):
             rates[: course.total, k] = course.rates
         numbers = jax.tree.map(lambda *each: np.stack(each), *(course.numbers for course in filled))
         alive, go = np.ones(len(filled), bool), np.zeros(len(filled), bool)
-        best, done, pending = own, [], []
-        if self.exp.config.select == "best":
+        done, pending = [], []
+        if self.exp.config.select == "best" and best is None:
             best = jax.tree.map(lambda leaf: leaf.copy(), own)
-        batches = None if self.kept else self._batches(total)
-        for step in range(total):
+        batches = None if self.kept else self._batches(start, stop)
+        for step in range(start, stop):
             go = np.array([not course.over for course in courses] + [False] * (len(filled) - len(courses)))
             if not go.any():
                 break
@@ -184,7 +227,7 @@ class Group:
             batches.close()
         done += fetched(courses, pending)
         steps = {name: np.stack([found[name] for found in done]) for name in ("loss", "accuracy")}
-        return steps, best if self.exp.config.select == "best" else own
+        return steps, own, best
 
     def _inputs(self, filled: Sequence[Course]):
         """Returns (kept features of the pool of training photographs, step -> index of the step's batch)."""
@@ -211,11 +254,11 @@ class Group:
 
         return self.on_device["train"], index
 
-    def _batches(self, total: int):
+    def _batches(self, start: int, stop: int):
         config, p, train = self.exp.config, self.exp.preprocessing, self.datasets[0].train
         return data.train_batches(
-            train, batch_size=config.batch_size, seed=config.seed, stop_step=total, size=p.size,
-            augment=config.augment, interpolation=p.interpolation, crop=p.crop, views=config.cache_views,
+            train, batch_size=config.batch_size, seed=config.seed, start_step=start, stop_step=stop,
+            size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop, views=config.cache_views,
             threads=config.data.threads,
         )  # fmt: skip
 
@@ -241,7 +284,8 @@ class Group:
                 course.since_best += 1
         return better
 
-    def _figures(self, courses, filled, own: State, shared: State, name: str) -> list[dict | None]:
+    def figures(self, courses, filled, own: State, shared: State, name: str) -> list[dict | None]:
+        """The figures of members' own splits; None where one has none, or has diverged."""
         if not len(self.pools[name]) or all(course.diverged for course in courses):
             return [None] * len(courses)
         logits = self.logits(filled, own, shared, name)

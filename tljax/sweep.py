@@ -22,8 +22,7 @@ if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
 
 import bisect
-import copy
-import dataclasses
+import contextlib
 import functools
 import re
 import time
@@ -32,16 +31,15 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from tljax import cache, data, experiment, grid, members, memory, parallel, strategies, workers
+from tljax import alike, data, experiment, grid, halving, members, memory, parallel, search, workers
 from tljax import config as configs
 from tljax.claims import Claim
+from tljax.distributions import Distribution
 from tljax.errors import UserError, listing, unknown
-from tljax.experiment import Experiment
 from tljax.folder import Folder, Unit, share
 from tljax.grid import Member
-from tljax.group import Group, pools
-from tljax.patterns import matches
-from tljax.report import sweep_table, text
+from tljax.group import Group
+from tljax.report import sweep_page, sweep_table, text
 from tljax.report.console import Console, quiet_libraries
 
 
@@ -86,23 +84,28 @@ class Sweep:
         wait: bool = True,
     ):  # fmt: skip
         self.config, self.folder, self.console, self.how, self.limit = config, folder, console, how, limit
-        self.workers, self.wait = workers, wait
-        self.members = grid.members(config)
+        self.workers, self.wait, self.page = workers, wait, sweep_page.Page(folder, config)
+        self.search, self.halving = search.of(config), halving.parse(config.get("halving", ""))
+        self.members = self.search.members(config)  # those of a study: what can be wrong with its members
         self.built: dict[int, Group] = {}  # of the plan
         self.mine = -1  # the group whose step is compiled
         for member in self.members:
             _check(member.config)
+        self.made: dict[str, Group] = {}  # by what makes a group, for the generations to come
 
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
         begun = time.time()
         if self.folder.begun:
             self.folder.claim(self.config)
-        done = {row["number"] for row in self.folder.results()}
+        done = self.folder.results()
         already = f"; {len(done)} are done" if done else ""
-        self.console.print(f"{text.counted(len(self.members), 'member')}: {', '.join(self.axes())}{already}")
-        self.train(self.members)
-        best = self.tables()
+        axes = ", ".join(grid.told(self.config.sweep))
+        self.console.print(f"{self.told_search()}{axes}{already}")
+        with contextlib.closing(self.search.generations(self.config, self.folder, self.console.print)) as generations:
+            for self.members in generations:
+                self.train(self.members)
+        best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
         missing = len(self.members) - len(self.folder.results())
         others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
@@ -113,8 +116,8 @@ class Sweep:
 
     def train(self, found: Sequence[Member]) -> None:
         """Trains some members with whoever else works in the folder, and leaves their results there."""
-        units = self.folder.planned(found[0].number, lambda: self.plan(found))
         known = {member.number: member for member in found}
+        units = self.folder.planned(list(known), lambda: self.plan(found))
         share(self.folder, units, lambda *held: self.unit(*held, units, known), self.console.print, self.wait)
         self.built, self.mine = {}, -1
 
@@ -132,23 +135,27 @@ class Sweep:
         group = self.built.get(unit.group)
         if group is None:
             found = [known[number] for part in parts for number in part.numbers]
-            group = Group(found, [self.dataset(member) for member in found], self.how, unit.kept)
+            group = self.group(found, unit.kept)
             say(f"group {unit.group + 1} of {units[-1].group + 1}: {self.told(group, parts)}")
             self.built[unit.group] = group
         rows, size = [], self.part(group, max(len(part.numbers) for part in parts))
-        own = {course.member.number: course for course in group.courses}
-        for start in range(0, len(unit.numbers), size):
-            courses = [own[number].anew() for number in unit.numbers[start : start + size]]
-            rows += group.train(courses, size, say=say)[0]
+        anew = {course.member.number: course.anew() for course in group.courses}
+        courses = [anew[number] for number in unit.numbers]
+        if self.halving:
+            rows = halving.train(group, courses, size, self.halving, say)
+        else:
+            for start in range(0, len(courses), size):
+                rows += group.train(courses[start : start + size], size, say=say)[0]
         if claim.lost or not self.folder.keep(unit, rows):
             return say(f"group {unit.group + 1}: another worker has taken unit {unit.name} over, which stays its own")
         self.tables()
         seconds = text.duration(sum(row["seconds"] for row in rows))
         say(f"group {unit.group + 1}: {text.counted(len(rows), 'member')} in {seconds}, {_outcome(rows)}")
 
-    def axes(self) -> list[str]:
-        """Each axis and its number of values."""
-        return [f"{len(values)} × {field}" for field, values in configs.flatten(self.config.sweep).items()]
+    def told_search(self) -> str:
+        """How many members there are, and how they are chosen."""
+        count = text.counted(self.search.count(self.config), "member")
+        return f"{self.config.search}, {count}: " if self.config.get("search", "") else f"{count}: "
 
     @functools.cached_property
     def dataset(self):
@@ -165,7 +172,7 @@ class Sweep:
         for i, group in enumerate(groups):
             count = len(group.members)
             share = -(-self.workers * count // len(found))
-            size = min(self.part(group, count), -(-count // share))
+            size = count if self.halving else min(self.part(group, count), -(-count // share))  # they compete
             numbers = [member.number for member in group.members]
             planned.append([Unit(i, group.kept, tuple(numbers[j : j + size])) for j in range(0, count, size)])
             self.console.print(f"group {i + 1} of {len(groups)}: {self.told(group, planned[-1])}")
@@ -175,41 +182,37 @@ class Sweep:
     def groups(self, members: Sequence[Member]) -> list[Group]:
         """The groups of some members."""
         found = []
-        for wide in self.wide(members):
+        for wide in alike.wide(members, self.dataset):
             datasets = [self.dataset(member) for member in wide]
             config = wide[0].config
             exp = experiment.build(config, datasets[0].classes)
-            kept, said = _keep(exp, datasets)
+            kept, said = alike.keep(exp, datasets)
             free = (*grid.NUMBERS, "strategy", *(grid.STREAMS if kept else ()))
-            if _draws_frozen(exp):
+            if alike.draws_frozen(exp):
                 free = tuple(field for field in free if field != "seed")
             self.console.print(f"feature cache: {said}")
             for part in grid.grouped(wide, free):
-                found.append(Group(part, [self.dataset(member) for member in part], self.how, kept))
+                found.append(self.group(part, kept))
         return found
 
-    def wide(self, members: Sequence[Member]) -> list[tuple[Member, ...]]:
-        """Members that one compiled step can train if their photographs allow it.
+    def group(self, found: Sequence[Member], kept: str) -> Group:
+        """The group of some members; it goes on with what that of an earlier generation has compiled and computed."""
+        made = Group(found, [self.dataset(member) for member in found], self.how, kept)
+        if self.search.again:
+            key = found[0].key((*grid.NUMBERS, *grid.STREAMS, "strategy")) + made.phase.plan.kind
+            made.adopt(self.made.get(key))
+            self.made[key] = made
+        return made
 
-        They differ in numbers, streams and, where their plans are of one kind, in the strategy.
-        """
-        found = []
-        for alike in grid.grouped(members, (*grid.NUMBERS, *grid.STREAMS, "strategy")):
-            parsed = {member.config.strategy: strategies.parse(member.config.strategy) for member in alike}
-            kinds = {text: text for text in parsed}  # adapters make another model
-            plain = [member for member in alike if not strategies.adapters_of(parsed[member.config.strategy])]
-            if len({member.config.strategy for member in plain}) > 1:
-                exp = experiment.build(plain[0].config, self.dataset(plain[0]).classes)
-                kinds |= {m.config.strategy: exp.plan_of(parsed[m.config.strategy]).kind for m in plain}
-            groups: dict[str, list[Member]] = {}
-            for member in alike:
-                groups.setdefault(kinds[member.config.strategy], []).append(member)
-            found += map(tuple, groups.values())
-        return found
+    def need(self, group: Group, size: int) -> int:
+        """Bytes that a group takes at most, so many of its members at once."""
+        return group.need(size) + (halving.held(group) if self.halving else 0)
 
     def part(self, group: Group, count: int) -> int:
         """How many of so many members of a group are trained at once. Raises UserError where not even one fits."""
-        one = group.need(1)
+        if group.slots:  # compiled
+            return group.slots
+        one = self.need(group, 1)
         if one > self.limit:
             raise UserError(
                 f"one member of the group {self.name(group)} needs {text.size(one)}, more than the "
@@ -217,11 +220,12 @@ class Sweep:
             )
         if group.how == "sequence":
             return 1
-        if group.how == "sequence":
-            return 1
-        if group.need(count) <= self.limit:
-            return count
-        fits = bisect.bisect_right(range(1, count), self.limit, key=group.need)  # need grows with the number
+        fits = count
+        if self.need(group, count) > self.limit:
+            need = functools.partial(self.need, group)
+            fits = bisect.bisect_right(range(1, count), self.limit, key=need)  # it grows with the number
+        if self.halving:
+            return halving.slots(group, self.halving, fits)
         chunks = -(-count // fits)
         return -(-count // chunks)
 
@@ -229,33 +233,39 @@ class Sweep:
         """What all members of a group have in common of the axes that make groups."""
         first = group.members[0].fields
         common = [f for f, v in first.items() if all(member.fields[f] == v for member in group.members)]
-        several = [field for field, values in configs.flatten(self.config.sweep).items() if len(values) > 1]
+        axes = grid.space(self.config).axes.items()
+        lone = [axis for axis, values in axes if not isinstance(values, Distribution) and len(values) == 1]
+        several = [name for axis, _ in axes if axis not in lone for name in grid.telling(axis)]
         return ", ".join(f"{field} = {first[field]!r}" for field in common if field in several) or self.config.name
 
     def told(self, group: Group, parts: Sequence[Unit]) -> str:
         """A group, and the units that it is parted into, in one line."""
-        devices, most = len(group.spread.devices), max(len(part.numbers) for part in parts)
-        need = text.size(group.need(self.part(group, most)))
+        devices, size = len(group.spread.devices), self.part(group, max(len(part.numbers) for part in parts))
+        number = len(parts) if not self.halving else -(-len(group.members) // size)
         way = {"vmap": "at once", "map": "in turn", "sequence": "one run after another"}[group.how]
         return (
             f"{self.name(group)}: {text.counted(len(group.members), 'member')}"
-            + (f" in {len(parts)} parts of {most}" if len(parts) > 1 and most > 1 else "")
+            + (f" in {number} parts of {size}" if number > 1 and size > 1 else "")
             + (f" over {devices} devices" if devices > 1 else "")
-            + f", 1 compiled step ({group.how}: {way}), at most {need} of {text.size(self.limit)}, "
-            f"{max(course.total for course in group.courses):,} steps"
+            + f", 1 compiled step ({group.how}: {way}), at most {text.size(self.need(group, size))} of "
+            f"{text.size(self.limit)}, {max(course.total for course in group.courses):,} steps"
+            + (f"; {halving.told(group, self.halving)}" if self.halving else "")
         )
 
     # ---- the end
 
-    def tables(self) -> str:
-        """Writes the tables of what there is so far, and the best config. Returns a line about it."""
-        configs_of = {member.number: member.config for member in self.members}
+    def tables(self, last: bool = False) -> str:
+        """Writes the tables of what there is so far, the best config and the page. Returns a line about the best."""
+        space = grid.space(self.config)
+        config_of = lambda row: space.config(row["fields"])
         while True:
             finished, rows = self.folder.finished(), self.folder.results()
             sweep_table.write(self.folder, rows)
-            best = sweep_table.best(self.folder, rows, configs_of)
+            best = sweep_table.best(self.folder, rows, self.config.metric, config_of)
             if self.folder.finished() == finished:  # else another worker may have written a longer table meanwhile
-                return best
+                break
+        self.page.write(rows, self.search.count(self.config), last)
+        return best
 
 
 def _check(config: ConfigDict) -> None:
@@ -264,23 +274,6 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"config.phases = {config.phases!r}: a sweep has one phase; give config.strategy")
     if config.source.data:
         raise UserError(f"config.source.data = {config.source.data!r}: a sweep does not measure forgetting")
-
-
-def _keep(exp: Experiment, datasets: list[data.Dataset]) -> tuple[str, str]:
-    """Where the features of a frozen prefix are kept ("" for nowhere), and why; "auto": wherever they can be."""
-    config = copy.deepcopy(exp.config)
-    config.cache = "memory" if config.cache == "auto" else config.cache
-    examples = {name: len(split) for name, split in pools(datasets).items()}
-    phase = exp.in_time(examples["train"])[0]
-    return cache.choose(dataclasses.replace(exp, config=config), phase, examples)
-
-
-def _draws_frozen(exp: Experiment) -> bool:
-    """Whether something that stays frozen, or that holds what trains, depends on the seed."""
-    if exp.penalty and exp.penalty.regulariser.fisher:
-        return True
-    frozen = [leaf.path for leaf in exp.plans[0][1].leaves if not leaf.multiplier]
-    return bool(frozen) if exp.card is None else any(matches(p, path) for path in frozen for p in exp.config.reset)
 
 
 def _outcome(rows: list[dict]) -> str:

@@ -63,7 +63,7 @@ def launch(call: str, sweep: "Sweep", argv: Sequence[str], share: float) -> int:
     for name, end in ends.items():
         units = after.get(name, 0) - before.get(name, 0)
         say(f"{name}: {text.counted(units, 'unit')}, {_told(end)}")
-    missing = len(sweep.members) - len(folder.results())
+    missing = sweep.search.count(sweep.config) - len(folder.results())
     if missing:
         failed = next((f": {name}: {said.get(name, _told(end))}" for name, end in ends.items() if end), "")
         raise UserError(f"{text.counted(missing, 'member')} without a result{failed}; the same command goes on")

@@ -2,6 +2,7 @@
 
     python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py --workdir=runs/lr_by_depth
     python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py:model=resnet50 --config.sweep.seed="(0,)"
+    python -m tljax.sweep --config=configs/sweeps/lr_by_depth.py --config.halving="halving(rungs=2)"
 
 Each depth is a group: its frozen prefix is computed once, and one compiled step trains its 24 members.
 """
@@ -23,4 +24,5 @@ def get_config(arg=""):
             "seed": range(3),
         }
     )
+    config.halving = ""
     return config

@@ -45,17 +45,21 @@ def html(workdir) -> epath.Path:
     parts += [_picture(workdir, *picture) for picture in SOURCE_PICTURES if (workdir / picture[0]).exists()]
     parts += [_plan(workdir, summary or {}), _times(summary or {}), _evaluations(workdir)]
     parts += [_origins(summary or {}), _listings(config, summary)]
+    path = workdir / "report.html"
+    path.write_text(document(name, parts), encoding="utf-8")
+    return path
+
+
+def document(name: str, parts: list[str]) -> str:
+    """A whole page of some parts, empty ones left out, under a title."""
     body = "\n".join(part for part in parts if part)
-    page = (
+    return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{_e(name)} · tljax</title>\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_e(POLICY)}">\n<style>{CSS}</style>\n</head>\n'
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
-    path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _head(name, summary: dict) -> str:

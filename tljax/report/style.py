@@ -37,7 +37,8 @@ td.bar { width: 42%; min-width: 90px; }
 .note { color: var(--grey); font-size: .88rem; margin: 12px 0 0; }
 .missing { color: var(--grey); font-style: italic; margin: 0; }
 .good { color: var(--green); } .bad { color: var(--red); font-weight: 600; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .scroll { max-height: 460px; overflow: auto; }
+a { color: var(--blue); }
 .picture { overflow-x: auto; } img { display: block; width: 100%; height: auto; margin: 0 auto; }
 pre { margin: 0; font-size: .8rem; line-height: 1.4; overflow-x: auto;
   font-family: ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", "Liberation Mono", monospace; }

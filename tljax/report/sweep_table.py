@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from tljax.config import to_json
-from tljax.grid import REPEATS
+from tljax.report import ranking
 from tljax.workdir import Workdir
 
 BEST = '''"""{line}
@@ -27,12 +27,15 @@ def get_config():
 
 def flat(row: dict) -> dict:
     """A row of a group as a row of the tables: one value a column, no curve."""
-    fields = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in row["fields"].items()}
+    fields = row["fields"] | {k: v for k, v in row.get("config", {}).items() if k not in row["fields"]}
+    fields = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in fields.items()}
     best = row["best"] or {}
     figures = {f"{split}/{k}": v for split in ("val", "test") for k, v in (row[split] or {}).items()}
     return (
-        {"member": row["number"]} | fields | {name: row[name] for name in ("status", "steps", "epochs")}
-        | {f"best_{name}": best.get(name) for name in ("step", "epoch")} | figures | {"seconds": row["seconds"]}
+        {"member": row["number"]} | fields | {f"n_{name}": row.get(f"n_{name}") for name in ("train", "val", "test")}
+        | {name: row[name] for name in ("status", "steps", "epochs")}
+        | {f"best_{name}": best.get(name) for name in ("step", "epoch")} | figures
+        | {name: row.get(name) for name in ("seconds", "group", "how", "kept")}
     )  # fmt: skip
 
 
@@ -56,30 +59,20 @@ def write(folder: Workdir, rows: list[dict]) -> None:
     folder.write("curves.jsonl", "".join(lines))
 
 
-def best(folder: Workdir, rows: list[dict], configs: dict[int, ConfigDict]) -> str:
-    """Writes the config that is the best by config.metric, `best.py`; returns what it says of it.
+def best(folder: Workdir, rows: list[dict], metric: str, config_of: Callable[[dict], ConfigDict]) -> str:
+    """Writes the config of the row that is the best by a metric, `best.py`; returns what it says of it.
 
     The figure is that of val, averaged over the seeds and folds of otherwise equal members: the luckiest of many is
-    not the best. One that has diverged counts as the worst.
+    not the best. One that has diverged counts as the worst, and one that was eliminated is not chosen.
     """
-    settings: dict[str, list[dict]] = {}
-    for row in rows:
-        key = json.dumps({field: value for field, value in row["fields"].items() if field not in REPEATS})
-        settings.setdefault(key, []).append(row)
-    metric = configs[0].metric
-    name, sign = metric.removeprefix("val/"), -1 if metric == "val/nll" else 1
-
-    def value(found: list[dict]) -> float:
-        each = [row["val"][name] if row["val"] else -sign * math.inf for row in found]
-        return float(np.mean(each))
-
-    chosen = max(settings.values(), key=lambda found: sign * value(found), default=None)
-    if chosen is None or not math.isfinite(value(chosen)):
+    first = next(iter(ranking.ranked(ranking.settings(rows), metric)), None)
+    if first is None or not math.isfinite(first.value):
         return f"no member has a {metric}: there is no best"
-    fields = ", ".join(f"{field} = {value!r}" for field, value in chosen[0]["fields"].items() if field not in REPEATS)
+    chosen = first.setting.rows
+    fields = ", ".join(f"{field} = {value!r}" for field, value in first.setting.fields.items())
     over = f", mean of {len(chosen)}" if len(chosen) > 1 else ""
-    line = f"the best by {metric}, {value(chosen):.4g}{over}: {fields or 'there is one setting'}"
-    config = to_json(configs[chosen[0]["number"]]).replace("\\", "\\\\").replace('"""', r"\"\"\"")
+    line = f"the best by {metric}, {first.value:.4g}{over}: {fields or 'there is one setting'}"
+    config = to_json(config_of(chosen[0])).replace("\\", "\\\\").replace('"""', r"\"\"\"")
     text = line.replace("\\", "\\\\").replace('"""', "'''")
     folder.write("best.py", BEST.format(line=text, path=folder.path / "best.py", config=config))
     return line
