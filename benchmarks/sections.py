@@ -10,6 +10,14 @@ HEAD = """# Speed, measured
 
 Every section is written by the script named in it, with the peer or the plain way in the same run. Times are medians,
 and a ratio says more than a time. Machines are named with their sections.
+
+What a run itself took is in its summary and on its page: seconds of each part (*start* are imports, *model* the shapes
+and the plan, then data, weights, compile, features, first step, train, …), the seconds from the command to the end of
+the first step, and the *input wait*. Steps run asynchronously: the next batch is fetched and put on the device while
+one computes; metrics are fetched with the rows of the log, and a step's own part of the state is donated to it. So a
+batch that comes late costs nothing until the device has finished all that it was given. The input wait is the time
+from then, or from when the loop asked for the batch if that is later, to the step on it; its share is that of the time
+in training. Computing kept features is the device's work, and counts as *features*.
 """
 
 

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 import source_task
 
 from tljax import command, experiment, grid, models, sweep
+from tljax.errors import UserError
 from tljax.patterns import matches
 
 SWEEPS = Path(__file__).parent.parent / "configs" / "sweeps"
@@ -70,6 +72,20 @@ def test_what_is_transferred_and_what_starts_anew(weights):
             assert is_new == (not loaded or stage == "head"), (kind, n, leaf.path)
         seen.add((kind, n))
     assert seen == {("scratch", 0)} | {(kind, n) for kind in list(truth)[1:] for n in (2, len(stages) - 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("transferability", ",every=0", "argument every=0: expected a number of stages"),
+        ("cross_validation", ",folds=0", "axis data.val = (): expected a tuple of values"),
+        ("data_size", ",seeds=0", "axis seed, data.fold_seed = (): expected a tuple of values"),
+        ("data_size", ",sizes=64", "unknown argument of the config file 'sizes'; nearest: size"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(name, arguments, line, weights):
+    with pytest.raises(UserError, match=re.escape(line)):
+        grid.members(given(name, weights, arguments))
 
 
 def run(name, photos, weights, folder, *changes, arguments="") -> list[dict]:

@@ -53,6 +53,12 @@ def file(made, tmp_path):
     return file
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pictures take seconds a sweep; workers that are processes of their own draw them."""
+    monkeypatch.setattr(sweep.sweep_page.Page, "write", lambda *_, **__: None)
+
+
 class Said:
     """A console that remembers."""
 
@@ -119,7 +125,7 @@ def test_who_does_not_wait_tells_what_others_are_at(tmp_path):
         share(folder, UNITS[:5], lambda unit, _: folder.keep(unit, []), said.append, wait=False)
     (line,) = said
     me = re.escape(claims.name())
-    assert re.fullmatch(rf"2 units with other workers: 00003 \({me}, since [-\d]+ [:\d]+\), 00004 \(.*\)", line)
+    assert re.fullmatch(rf"2 units with other workers: 00003-\w+ \({me}, since [-\d]+ [:\d]+\), 00004-\w+ \(.*\)", line)
     assert len(folder.finished()) == 3
 
 
@@ -131,6 +137,16 @@ def test_the_first_result_stays(tmp_path):
     assert folder.results() == rows
     assert folder.workers() == {claims.name(): 1}
     assert folder.take(UNITS[0]) is None
+
+
+def test_a_member_that_two_generations_have_trained_has_one_row(tmp_path):
+    """A later generation holds what is left of an earlier one, parted otherwise."""
+    folder, rows = Folder(tmp_path), lambda unit: [{"number": number} for number in unit.numbers]
+    for unit in (Unit(0, "", (0,)), Unit(0, "", (0, 1)), Unit(0, "", (1, 2))):
+        assert not folder.done(unit)
+        with folder.take(unit):
+            assert folder.keep(unit, rows(unit))
+    assert [row["number"] for row in folder.results()] == [0, 1, 2]
 
 
 def launched(tmp_path, monkeypatch, made, text, call="local(2)") -> list[str]:
@@ -176,8 +192,8 @@ def test_a_launch_waits_and_says_what_each_has_done(made, tmp_path, monkeypatch)
     lines = launched(tmp_path, monkeypatch, made, WORKER.replace("DIES", "False"))
     units = [re.fullmatch(r"local-(\d): (\d+) units?, ended", line) for line in lines[-4:-2]]
     assert sum(int(found[2]) for found in units) == 6
-    shown = [line for line in lines if re.fullmatch(r"local-\d: \d{5}", line)]
-    assert sorted(line[-5:] for line in shown) == [f"{2 * i:05d}" for i in range(6)]
+    shown = [found[1] for line in lines if (found := re.fullmatch(r"local-\d: (\d{5})-\w+", line))]
+    assert sorted(shown) == [f"{2 * i:05d}" for i in range(6)]
     assert lines[-2] == f"the best; everything is in {tmp_path / 'sweep'}"
 
 
@@ -269,6 +285,9 @@ def test_a_folder_that_is_a_file_is_told(file, tmp_path):
     for flags in ([], ["--launch=local(2)"]):
         with pytest.raises(UserError, match=f"cannot write to {tmp_path / 'file'}"):
             sweep.main([f"--config={file}", f"--workdir={tmp_path / 'file'}", *flags])
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(UserError, match="cannot write to /proc/sweep: No such file or directory"):
+            sweep.main([f"--config={file}", "--workdir=/proc/sweep"])
 
 
 # ---- with training
@@ -278,7 +297,7 @@ def test_a_plan_is_kept_whoever_goes_on_with_it(made, tmp_path, monkeypatch):
     """A full disk ends the first worker; one with less memory, that would part it otherwise, goes on with its plan."""
     whole, cut = Folder(tmp_path / "whole"), Folder(tmp_path / "cut")
     run(made, whole)
-    assert sorted(path.name for path in (whole.path / "units").iterdir()) == ["00000", "00001", "00003"]
+    assert sorted(path.name[:5] for path in (whole.path / "units").iterdir()) == ["00000", "00001", "00003"]
     publish = claims.publish
 
     def full(path, text):
@@ -290,15 +309,16 @@ def test_a_plan_is_kept_whoever_goes_on_with_it(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"cannot write to {cut.path}: No space left on device"):
         run(made, cut, workers=4)
     monkeypatch.undo()
-    planned = json.loads((cut.path / "plans" / "00000" / "plan.json").read_text())["groups"]
+    (plan,) = cut.path.glob("plans/00000-*/plan.json")
+    planned = json.loads(plan.read_text())["groups"]
     assert [group["units"] for group in planned] == [[[0, 2, 4], [6, 8, 10]], [[1, 5, 9]], [[3, 7, 11]]]
     assert [row["number"] for row in cut.results()] == [0, 2, 4]
-    left = [Unit(0, "memory", (6, 8, 10)), Unit(1, "memory", (1,)), Unit(2, "memory", (3,))]
+    left = [Unit(0, "memory", (6, 8, 10)), Unit(1, "memory", (1, 5, 9)), Unit(2, "memory", (3, 7, 11))]
     with contextlib.ExitStack() as held:
         for unit in left:
             held.enter_context(cut.take(unit))
         lines = run(made, cut, wait=False)
-    assert lines[-2].startswith(f"3 units with other workers: 00006 ({claims.name()}, since ")
+    assert lines[-2].startswith(f"3 units with other workers: {left[0].name} ({claims.name()}, since ")
     assert "; 9 members with other workers; everything is in" in lines[-1]
     lines = run(made, cut)
     assert lines[0].endswith("; 3 are done")

@@ -77,8 +77,8 @@ def once(folder: Path, name: str, make: Callable[[], str], stale: float = STALE)
 
 def take(folder: Path, stale: float = STALE) -> "Claim | None":
     """Claims the work of a folder, which is made where there is none; None where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         newest = _newest(folder)
         if newest and not _free(folder, newest, stale):
             return None

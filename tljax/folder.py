@@ -30,12 +30,12 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The number of its first member, of which no other unit has one."""
-        return f"{self.numbers[0]:05d}"
+        """The number of its first member, and a digest of all: generations of a search may train one member again."""
+        return _name(self.numbers)
 
 
 class Folder(Workdir):
-    """`config.json` with its axes, `plans/`, `units/`, `sweep.csv`, `sweep.parquet`, `curves.jsonl` and `best.py`.
+    """`config.json` with its axes, `plans/`, `units/`, `sweep.csv`, `sweep.parquet`, `curves.jsonl`, `best.py`, a page.
 
     A worker without a heartbeat for `stale` seconds counts as dead.
     """
@@ -64,8 +64,7 @@ class Folder(Workdir):
 
         `make` returns the units of each group. Of a sweep that cannot be planned no folder is left.
         """
-        digest = hashlib.sha256(json.dumps(list(numbers)).encode()).hexdigest()[:8]
-        place = self.path / "plans" / f"{numbers[0]:05d}-{digest}"
+        place = self.path / "plans" / _name(numbers)
 
         def made() -> str:
             groups = [{"kept": units[0].kept, "units": [unit.numbers for unit in units]} for units in make()]
@@ -135,8 +134,9 @@ class Folder(Workdir):
         return set(self.path.glob("units/*/result.json"))
 
     def results(self) -> list[dict]:
-        """The rows of all units that have ended, by number."""
-        return sorted((row for found in self._results() for row in found["rows"]), key=lambda row: row["number"])
+        """The rows of all units that have ended, by number; of a member that was trained twice, one."""
+        rows = {row["number"]: row for found in self._results() for row in found["rows"]}
+        return [rows[number] for number in sorted(rows)]
 
     def workers(self) -> dict[str, int]:
         """{worker: how many units it has done}."""
@@ -152,6 +152,10 @@ class Folder(Workdir):
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{file} cannot be read ({error}); delete it, and its members train again") from error
         return found
+
+
+def _name(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]:05d}-{hashlib.sha256(json.dumps(list(numbers)).encode()).hexdigest()[:8]}"
 
 
 def share(folder: Folder, units: Sequence[Unit], work: Callable, say: Callable[[str], None], wait: bool = True) -> None:

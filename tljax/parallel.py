@@ -116,7 +116,15 @@ class Layout:
 
     def place(self, tree: Tree) -> Tree:
         """Puts a state on the devices, as buffers of its own (they are donated to the step)."""
-        return jax.tree.map(lambda x, s: jax.device_put(x, s, may_alias=False), tree, self.shardings(tree))
+
+        def put(x, sharding):
+            if jax.process_count() > 1 and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
+                # What `device_put` makes of a process's own array has shards of shards, which no checkpoint takes.
+                x = np.asarray(x)
+                return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
+            return jax.device_put(x, sharding, may_alias=False)
+
+        return jax.tree.map(put, tree, self.shardings(tree))
 
     def place_batch(self, batch: dict) -> dict:
         """Puts this process's part of a batch on its devices."""

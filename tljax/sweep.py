@@ -116,8 +116,8 @@ class Sweep:
 
     def train(self, found: Sequence[Member]) -> None:
         """Trains some members with whoever else works in the folder, and leaves their results there."""
-        units = self.folder.planned([member.number for member in found], lambda: self.plan(found))
         known = {member.number: member for member in found}
+        units = self.folder.planned(list(known), lambda: self.plan(found))
         share(self.folder, units, lambda *held: self.unit(*held, units, known), self.console.print, self.wait)
         self.built, self.mine = {}, -1
 

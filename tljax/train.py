@@ -267,8 +267,11 @@ class Run:
     def hold(self, state: State) -> None:
         """Holds the best state so far on the host: it is written before the next checkpoint that is due.
 
-        Saving takes longer than an epoch on kept features. Who is killed in between finds the same one again.
+        Saving takes longer than an epoch on kept features. Who is killed in between finds the same one again. Several
+        processes write it at once: what lies on one host is none of their common arrays.
         """
+        if jax.process_count() > 1:
+            return self.save(state)
         with self.clock("checkpoints"):
             own, shared = part(state, self.plan)
             own = jax.tree.map(np.array, self.layout.to_host(own))  # a copy: the buffers are donated

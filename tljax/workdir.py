@@ -57,11 +57,15 @@ class Workdir:
             return
         with self._reported():
             temporary = self.path / f".{name}{self.mark}.tmp"
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / name)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path / name)
+            except OSError:  # what does not fit must not fill the disk
+                temporary.unlink(missing_ok=True)
+                raise
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for others."""

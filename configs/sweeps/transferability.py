@@ -23,11 +23,14 @@ where the paper has 1. The later the frozen stages end, the cheaper: most of the
 
 from tljax import models
 from tljax.config import arguments, base
+from tljax.errors import UserError
 from tljax.grid import axes
 
 
 def get_config(arg=""):
     given = arguments(arg, model="efficientnet_lite0", size=96, seeds=3, steps=300, every=6, body=0.1, lr=2e-3)
+    if given.every < 1:
+        raise UserError(f"argument every={given.every}: expected a number of stages, at least 1")
     config = base(given.model)
     config.name = "transferability"
     config.image_size = given.size

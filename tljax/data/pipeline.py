@@ -6,6 +6,7 @@ processes, so a run resumes exactly at any step, and nothing of the pipeline's s
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,7 @@ from tljax.data.dataset import Split
 from tljax.data.images import BadImage, opencv
 from tljax.errors import UserError
 
+PART = 16  # examples, at most, that a thread makes in one go
 ORDER, PIXELS, VIEW = 0, 1, 2  # independent streams of random numbers under one seed
 
 
@@ -270,12 +272,20 @@ def _batches(example, start: int, stop: int, batch: int, threads: int) -> Iterat
     import grain
 
     opencv()  # imported here, before several threads want to
+    # A thread makes a part of a batch at a time: to hand over each example for itself takes a fifth of its time.
+    parts = -(-batch // PART)
+    bounds = [batch * part // parts for part in range(parts + 1)]
+
+    def made(i: int) -> list[dict]:
+        step, part = divmod(i, parts)
+        return [example(start + step * batch + at) for at in range(bounds[part], bounds[part + 1])]
+
     # Two batches ahead: the device never waits, and the buffer stays small beside the model.
-    ahead = max(2 * batch, threads) if threads else 0
+    ahead = 2 * parts + threads if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.range(start, stop).map(example).to_iter_dataset(options).batch(batch)
-    iterator = iter(dataset)
+    iterator = iter(grain.MapDataset.range((stop - start) // batch * parts).map(made).to_iter_dataset(options))
     try:
-        yield from iterator
+        while found := [one for part in itertools.islice(iterator, parts) for one in part]:
+            yield {name: np.stack([one[name] for one in found]) for name in found[0]}
     finally:
         iterator.close()

@@ -96,7 +96,7 @@ def _cards(summary: dict) -> str:
     if summary.get("images_per_second"):
         small.append((f"{summary['images_per_second']:,.0f} images/s", "in training", ""))
     if summary.get("input_wait"):
-        small.append((text.percent(summary["input_wait"]["share"]), "of it, input wait", ""))
+        small.append((text.percent(summary["input_wait"]["share"]), "of it without a batch: input wait", ""))
     if summary.get("flops_per_step"):
         small.append((text.flops(summary["flops_per_step"]), "a training step, as compiled", ""))
     if summary.get("peak_memory_bytes"):

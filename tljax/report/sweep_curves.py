@@ -65,9 +65,15 @@ def _line(ax, points: list[tuple[float, Setting]], metric: Metric, i: int, label
     x, means, halves = map(np.array, (x, means, halves))
     ax.plot(x, means, lw=1.7, ms=4.2, mec="white", mew=0.5, ls="none" if scattered else "-", label=label, **style)
     if len(x) > 1 and np.isfinite(halves).any():
-        ax.fill_between(x, means - halves, means + halves, color=style["color"], alpha=0.13, lw=0)
+        low, high = means - halves, means + halves
+        if metric.sign > 0:
+            low, high = np.clip((low, high), 0, 1)
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.1, lw=0)
+        ax.plot(x, low, x, high, color=style["color"], alpha=0.35, lw=0.6)
     elif len(x) and np.isfinite(halves).all():
         ax.errorbar(x, means, halves, color=style["color"], lw=1.2, capsize=3, ls="none")
+    if len(x) == 1:  # nothing to connect it with: a level for the other lines
+        ax.axhline(means[0], color=style["color"], lw=1, ls=(0, (2, 3)), zorder=1)
     edge = 0.02 if metric.sign > 0 else 0.98
     if gone:
         ax.plot(gone, [edge] * len(gone), "x", ms=6, mew=1.6, color=style["color"], clip_on=False,
@@ -105,7 +111,7 @@ def _finish(ax, metric: Metric, settings: list[Setting]) -> None:
     room = (high - low) or abs(high) * 0.1 or 0.1
     bottom, top = (low - 0.24 * room, high + 0.1 * room) if metric.sign < 0 else (low - 0.08 * room, high + 0.2 * room)
     if metric.sign > 0 and high <= 1:
-        top = min(top, 1.02 + 0.1 * room)
+        top = min(top, 1.02 + 0.06 * room)
     ax.set_ylim(max(bottom, 0), top)
 
 

@@ -56,7 +56,10 @@ class Page:
         found = []
 
         def draw(name: str, title: str, caption: str, make: Callable, *what) -> None:
-            make(view, *what, self.folder.path / name, vector)
+            drawn = self.folder.path / f".drawn{self.folder.mark}-{name}"
+            make(view, *what, drawn, vector)
+            for suffix in (".pdf", ".png") if vector else (".png",):  # whole, whoever else draws or reads
+                drawn.with_suffix(suffix).replace((self.folder.path / name).with_suffix(suffix))
             found.append((name, title, caption))
 
         for x in view.numeric[:3]:

@@ -162,6 +162,7 @@ def training_curves(view: View, path, vector: bool = False):
                         mec="white", mew=0.5, label=best, **style)  # fmt: skip
                 shown += [value for points in alike for value in points[:, 1]]
         ax.set_xlabel(unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(f"{called(metric)} in training, the best of each", fontsize=10)
         percent(ax.yaxis, metric)
         if not shown:

@@ -19,7 +19,7 @@ NAMES = {
     "optim.warmup": "warm-up", "data.limit": "training photographs a class", "train_for": "length",
     "drop_rate": "dropout", "n_train": "training photographs",
 }  # fmt: skip
-SHORT = {"optim.lr": "lr", "optim.weight_decay": "decay", "label_smoothing": "smoothing", "data.limit": "a class:"}
+SHORT = {"optim.lr": "lr", "optim.weight_decay": "decay", "label_smoothing": "smoothing"}
 MOST_LINES = 8  # values of an axis of numbers that can be lines
 CELLS = 16  # values of an axis that a heat map has room for
 FIRST = ("strategy", "weights", "model")  # of the fields with texts: what makes lines before all others
@@ -124,8 +124,10 @@ class View:
             if name in setting.fields:
                 value = setting.fields[name]
                 said = self.written(name)[repr(value)]
-                bare = isinstance(value, str)
-                parts.append(said if bare else f"{SHORT.get(name, named(name))} {said}")
+                if name == "data.limit":
+                    parts.append(f"{said} a class" if value else "all photographs")
+                else:
+                    parts.append(said if isinstance(value, str) else f"{SHORT.get(name, named(name))} {said}")
         return ", ".join(parts) or "the one setting"
 
     def photographs(self, setting: Setting) -> float:
