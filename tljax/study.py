@@ -197,10 +197,11 @@ class Study:
         A figure is the mean over a setting's repeats. What was eliminated is told as pruned, with its figure there;
         what has diverged as pruned without one, which is worse.
         """
-        state, places = self.optuna.trial.TrialState, self.trials()
+        state, running = self.optuna.trial.TrialState, self.running()
+        places = self.trials()  # after those that run: other workers ask for more meanwhile
         rows = {row["number"]: row for row in self.folder.results()}
         repeats = len(self.space.repeats)
-        for trial in self.running():
+        for trial in running:
             first = places[trial.number] * repeats
             found = [rows.get(number) for number in range(first, first + repeats)]
             if not all(found):

@@ -107,7 +107,7 @@ class Sweep:
                 self.train(self.members)
         best = self.tables(last=True)
         seconds = text.duration(time.time() - begun)
-        missing = len(self.members) - len(self.folder.results())
+        missing = self.search.count(self.config) - len(self.folder.results())
         others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
         self.console.print(f"{best}; {seconds} in all{others}; everything is in {self.folder.path}")
         return 0
