@@ -22,6 +22,7 @@ from tljax.report import metrics
 from tljax.step import State, numbers_of
 
 Tree = Any
+BEGIN = 2.5e7  # operations in the time that it takes to begin a step: half a millisecond of a CPU
 PLAIN = configs.ConfigDict({"mode": "jit", "fsdp": 1})
 SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
 
@@ -93,27 +94,38 @@ class Group:
 
     # ---- what it needs
 
-    def need(self, count: int) -> int:
-        """Bytes of one device that so many members take at once, at most: state, features, and the step's own."""
-        count = self.spread.each(count)
+    def _arguments(self, count: int) -> tuple:
+        """The shapes of what a step of so many members takes on one device."""
         own, shared = self.programs.shapes(count)
         shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
         batch, size = self.layout.batch_size, self.exp.preprocessing.size
         flags = shaped(np.bool_, count)
         numbers = jax.tree.map(lambda x: shaped(x.dtype, count, *x.shape), self.courses[0].numbers)
         if self.kept:
-            like = self.exp.features(self.phase.plan)
-            pool = len(self.pools["train"])
+            like, pool = self.exp.features(self.phase.plan), len(self.pools["train"])
             inputs = {"features": shaped(like.dtype, self.views, pool, *like.shape), "label": shaped(np.int32, pool)}
             places = shaped(np.int32, *((count, batch) if self.programs.varied else (batch,)))
             index = (places, places)
         else:
             inputs = {"image": shaped(np.uint8, batch, size, size, 3), "label": shaped(np.int32, batch)}
             index = None
-        arguments = (own, flags, shared, shaped(np.int32), flags, numbers, inputs, index)
-        best = memory.nbytes(own) if self.exp.config.select == "best" else 0
-        held = sum(len(self.pools[name]) for name in ("val", "test")) * memory.nbytes(like) if self.kept else 0
+        return own, flags, shared, shaped(np.int32), flags, numbers, inputs, index
+
+    def need(self, count: int) -> int:
+        """Bytes of one device that so many members take at once, at most: state, features, and the step's own."""
+        arguments, held = self._arguments(self.spread.each(count)), 0
+        if self.kept:
+            like = self.exp.features(self.phase.plan)
+            held = sum(len(self.pools[name]) for name in ("val", "test")) * memory.nbytes(like)
+        best = memory.nbytes(arguments[0]) if self.exp.config.select == "best" else 0
         return memory.peak(self.programs._step, *arguments) + best + held
+
+    @functools.cached_property
+    def beside(self) -> float:
+        """What a step costs beside its members, in members, by its floating-point operations."""
+        cost = lambda count: self.programs.step.lower(*self._arguments(count)).cost_analysis()["flops"]
+        one, two = cost(1), cost(2)
+        return (2 * one - two + BEGIN) / max(two - one, 1)
 
     # ---- the run
 

@@ -25,10 +25,6 @@ from tljax.group import Group
 from tljax.report import text
 from tljax.step import State
 
-# What a step costs beside its members, in members: under vmap the frozen forward, or the reading of the features, is
-# shared by all (docs/speed.md), so that many slots are worth an empty one.
-OVERHEAD = {("vmap", False): 100, ("vmap", True): 20, ("map", False): 1, ("map", True): 1}
-
 
 @dataclasses.dataclass(frozen=True)
 class Halving:
@@ -102,8 +98,9 @@ def stretches(group: Group, halved: Halving) -> list[tuple[int, int]]:
 
 def slots(group: Group, halved: Halving, most: int) -> int:
     """How many slots, at most `most`, cost the least: few stay empty as members fall, many share one forward."""
-    beside = OVERHEAD[group.how, bool(group.kept)]
-    parts = stretches(group, halved)
+    if group.how == "map":  # who is over takes no time
+        return most
+    beside, parts = group.beside, stretches(group, halved)
     cost = lambda size: sum(steps * -(-members // size) * (size + beside) for members, steps in parts)
     return min(range(1, most + 1), key=lambda size: (cost(size), -size))
 
