@@ -287,8 +287,7 @@ class Group:
             if found is None:
                 continue
             course.evaluations[course.step] = found
-            sign = -1 if metric == "nll" else 1
-            if course.best is None or sign * found[metric] > sign * course.best["value"]:
+            if metrics.better(metric, found[metric], course.best):
                 epoch = round(course.step / course.per_epoch, 3)
                 course.best = {"step": course.step, "epoch": epoch, "value": found[metric]}
                 course.since_best, better[k] = 0, True

@@ -22,7 +22,7 @@ from tljax.course import Course, row
 from tljax.errors import UserError
 from tljax.grid import setting
 from tljax.group import Group
-from tljax.report import text
+from tljax.report import metrics, text
 from tljax.step import State
 
 
@@ -161,7 +161,7 @@ class Competition:
         self.parts = [Part(list(courses[i : i + size])) for i in range(0, len(courses), size)]
         self.shared: State | None = None
         config = group.exp.config
-        self.metric, self.sign = config.metric.removeprefix("val/"), -1 if config.metric == "val/nll" else 1
+        self.metric, self.sign = config.metric.removeprefix("val/"), metrics.sign(config.metric)
 
     def run(self) -> list[dict]:
         """Trains from rung to rung. Returns the members' rows."""

@@ -24,7 +24,7 @@ from tljax import grid
 from tljax.distributions import Distribution
 from tljax.errors import UserError, listing
 from tljax.grid import Member, Space
-from tljax.report import text
+from tljax.report import metrics, text
 
 if TYPE_CHECKING:
     from tljax.search import Optuna
@@ -70,7 +70,7 @@ class Study:
             raise UserError("config.search = 'optuna(…)' needs Optuna: pip install 'tljax[sweep]'") from None
         self.optuna, self.search, self.folder = optuna, search, folder
         self.space: Space = grid.space(config)
-        self.sign = -1 if config.metric == "val/nll" else 1
+        self.sign = metrics.sign(config.metric)
         self.metric = config.metric.removeprefix("val/")
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         WORKERS.add(self.worker)

@@ -422,8 +422,7 @@ class Run:
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
         value = found[self.config.metric.removeprefix("val/")]
         best = self.notes["best"]
-        sign = -1 if self.config.metric == "val/nll" else 1
-        better = best is None or sign * value > sign * best["value"]
+        better = metrics.better(self.config.metric, value, best)
         if better:
             epoch = round(step / self.per_epoch, 3)
             best = {"step": step, "epoch": epoch, "metric": self.config.metric, "value": value}

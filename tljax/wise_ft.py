@@ -83,7 +83,7 @@ def measure(
     metric = exp.config.metric.removeprefix("val/")
     best = None
     if len(dataset.val):
-        chosen = (min if metric == "nll" else max)(points, key=lambda point: point["val"][metric])
+        chosen = max(points, key=lambda point: metrics.sign(metric) * point["val"][metric])
         best = {"alpha": chosen["alpha"], "metric": exp.config.metric, "value": chosen["val"][metric]}
     about = found and {"data": found.name, "examples": len(found.split), "labelled": found.labelled}
     return {"path": points, "best": best, "source": about}

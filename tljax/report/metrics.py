@@ -43,6 +43,16 @@ def macro_f1(confusion: np.ndarray) -> float:
     return float(np.mean(2.0 * hits[present] / occurs[present]))
 
 
+def sign(metric: str) -> int:
+    """1 for a figure of which more is better, -1 where less is; `metric` may begin with a split, as `val/nll`."""
+    return -1 if metric.rpartition("/")[2] in ("nll", "ece") else 1
+
+
+def better(metric: str, value: float, best: dict | None) -> bool:
+    """Whether a figure is better than the `value` of the best so far; equals are not."""
+    return best is None or sign(metric) * value > sign(metric) * best["value"]
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error over equal-width bins ((m-1)/bins, m/bins] (Guo et al. 2017, eq. 3)."""
     which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

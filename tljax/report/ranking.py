@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tljax.grid import REPEATS
+from tljax.report import metrics
 
 FEW = 3  # fewer pairs than these are no test
 
@@ -149,7 +150,7 @@ class Metric(NamedTuple):
     @property
     def sign(self) -> int:
         """1 where more is better."""
-        return -1 if self.name in ("nll", "ece") else 1
+        return metrics.sign(self.name)
 
     def __str__(self) -> str:
         return f"{self.split}/{self.name}"
