@@ -271,6 +271,7 @@ for i, members in enumerate(search.of(made).generations(made, folder, print)):
 """
 
 
+@pytest.mark.slow
 def test_trials_of_a_killed_process_are_taken_up_at_once(tmp_path):
     made = sweeping(RATES, "optuna(6, generation=3)")
     process = conftest.script(KILLED, str(Path(__file__).parent), str(tmp_path / "cut"))
@@ -299,6 +300,7 @@ print(*[row["number"] for row in folder.rows])
 """
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_the_trials_of_a_study(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     given = (str(Path(__file__).parent), *(str(tmp_path / name) for name in "ab"))

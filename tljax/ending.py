@@ -19,15 +19,15 @@ from tljax.workdir import Workdir
 def conclude(run, state: State) -> None:
     """Evaluates a `train.Run` on its whole test split and writes what its workdir shows. `state` is the last one."""
     steps = int(state.step)
-    best, plan = run.notes["best"], run.plan
-    run.verify(state, plan)
+    best, plan = run.keeper.notes["best"], run.plan
+    run.keeper.verify(state, plan)
     chosen = best["step"] if best and run.config.select == "best" else steps
     features = run.cache
     if chosen != steps:
         features = None  # a checkpoint of another phase may have another prefix
         del state  # its memory is wanted
-        plan, state = run.exp.restore(run.checkpoints, chosen, run.layout, len(run.dataset.train))
-    run.checkpoints.close()
+        plan, state = run.exp.restore(run.keeper.checkpoints, chosen, run.layout, len(run.dataset.train))
+    run.keeper.checkpoints.close()
     params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
     with run.clock("test"):
@@ -88,7 +88,7 @@ def mistakes(run, logits: np.ndarray, split: data.Split, wrong: np.ndarray) -> l
 
 def waited(run) -> dict | None:
     """How long the steps waited for their batches (`tljax.waiting`), and the share of the time in training."""
-    spent = run.seconds.get("train")
+    spent = run.clock.seconds.get("train")
     return {"seconds": round(run.waited, 3), "share": round(run.waited / spent, 4)} if spent else None
 
 
@@ -109,8 +109,8 @@ def summary(run, steps: int) -> dict:
         "plan": plan.totals() | {"optimizer_bytes": run.optimizer_bytes, "digest": plan.digest},
         "frozen": {
             "values": sum(run.never_trained.values()),
-            "digest": plans.combined({path: run.notes["frozen"][path] for path in run.never_trained}),
-            "verified": True,  # run.verify has raised otherwise
+            "digest": plans.combined({path: run.keeper.notes["frozen"][path] for path in run.never_trained}),
+            "verified": True,  # the keeper has raised otherwise
             "steps": steps,
         },
         "leaks": list(run.leaks),
@@ -123,11 +123,11 @@ def summary(run, steps: int) -> dict:
         },
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
-        "time": {k: round(v, 2) for k, v in (run.seconds | {"total": time.time() - STARTED}).items()},
+        "time": {k: round(v, 2) for k, v in (run.clock.seconds | {"total": time.time() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
         "input_wait": waited(run),
-        "checkpoint": {"delta": config.checkpoint.delta, "base": run.base_digest()} | run.checkpoint_bytes,
+        "checkpoint": {"delta": config.checkpoint.delta, "base": run.keeper.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),
         "versions": experiment.versions(),

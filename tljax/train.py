@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before what is slow to import
     pages.restart()
 
 import contextlib
-import copy
 import functools
 import math
 import signal
@@ -27,11 +26,11 @@ from ml_collections import ConfigDict
 
 from tljax import STARTED, cache, data, delta, ending, experiment, fisher, optim, parallel, phases, source
 from tljax import config as configs
-from tljax.checkpoint import Checkpoints
-from tljax.errors import UserError, listing
+from tljax.clock import Clock
+from tljax.errors import UserError
 from tljax.evaluate import Evaluator
+from tljax.keeper import Keeper
 from tljax.leaks import lint
-from tljax.plan import Plan, combined
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, numbers_of, part, whole
@@ -57,25 +56,11 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
-        self.seconds = {"start": time.time() - STARTED}
-        self.held = None  # the best checkpoint, as long as it is not written
+        self.clock = Clock(start=time.time() - STARTED)
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
-        self.waited = 0.0  # seconds for which the device had no batch, of those in seconds["train"]
+        self.waited = 0.0  # seconds for which the device had no batch, of those that training took
         self.first_step = None  # seconds from the command to the end of the first step; None where none was left to do
-
-    @contextlib.contextmanager
-    def clock(self, part: str):
-        """Adds the time spent inside to the part's, but for what goes to parts within it."""
-        begun = self.tick()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + self.tick() - begun
-
-    def tick(self) -> float:
-        """Seconds, of which those that a part has taken are none."""
-        return time.perf_counter() - sum(self.seconds.values())
 
     def train(self) -> int:
         """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
@@ -111,8 +96,8 @@ class Run:
         self.header()
         self.console.plan(table)
 
-        self.checkpoints = Checkpoints(self.workdir.path / "checkpoints")
-        latest = self.checkpoints.latest()
+        self.keeper = Keeper(self.workdir.path, self.layout)
+        latest = self.keeper.checkpoints.latest()
         first = phases.index(self.phases, latest or 0)
         with self.clock("weights"):
             state = self.begin() if latest is None else self.resume(latest)
@@ -162,7 +147,7 @@ class Run:
         if self.config.head:
             self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
-        self.notes = {
+        self.keeper.notes = {
             "step": 0, "best": None, "since_best": 0, "pending": [],
             "classes": list(self.dataset.classes), "examples": examples,
             "data": self.dataset.digest, "frozen": phase.plan.frozen_digests(params, stats),
@@ -182,11 +167,12 @@ class Run:
 
     def resume(self, step: int) -> State:
         """The state of a checkpoint, and what the run knew then. Raises UserError where something has changed."""
-        self.notes = self.checkpoints.notes(step)
-        if self.notes["data"] != self.dataset.digest:
+        keeper = self.keeper
+        keeper.notes = keeper.checkpoints.notes(step)
+        if keeper.notes["data"] != self.dataset.digest:
             raise UserError(f"the data are not those that {self.workdir.path} was begun with")
-        plan, state = self.exp.restore(self.checkpoints, step, self.layout, len(self.dataset.train))
-        self.verify(state, plan)
+        plan, state = self.exp.restore(keeper.checkpoints, step, self.layout, len(self.dataset.train))
+        keeper.verify(state, plan)
         self.console.print(f"resumed from step {step}; the frozen values are those of the start")
         return state
 
@@ -197,22 +183,19 @@ class Run:
         _, self.optimizer_bytes = optim.state_bytes(tx, self.plan)
         self.never_trained = phases.never_trained(self.phases[: i + 1])
         if i and int(state.step) == self.phase.start:
-            self.verify(state, self.phases[i - 1].plan)
-            now = self.plan.frozen_digests(*self.layout.to_host((state.params, state.stats)))
-            # What stays frozen keeps the digest of its first day; what freezes now is held to what it is now.
-            self.notes["frozen"] = {path: self.notes["frozen"].get(path, digest) for path, digest in now.items()}
+            self.keeper.change(state, self.phases[i - 1].plan, self.plan)
             state = self.layout.place(phases.change(state, self.plan, tx))
         if len(self.phases) > 1:
             steps = f"{self.phase.start}–{self.phase.stop}"
             live = experiment.live_spans(self.plan)
             self.console.print(f"phase {i + 1} of {len(self.phases)}, steps {steps}: {live}")
         like = self.exp.state_shapes(self.plan, tx)
-        self.left_out = self.exp.left_out(self.phases[: i + 1])
-        held, whole = (delta.nbytes(tree) for tree in (delta.cut(like, self.left_out), like))
+        self.keeper.absent = self.exp.left_out(self.phases[: i + 1])
+        held, whole = (delta.nbytes(tree) for tree in (delta.cut(like, self.keeper.absent), like))
         self.checkpoint_bytes = {"bytes": held, "whole_bytes": whole}
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
-            self.console.print(f"{share}, the rest is the base's: {self.base_digest()[:16]}")
+            self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
@@ -252,45 +235,10 @@ class Run:
 
         return data.feature_batches(features, train.labels, views=count, **common)
 
-    def base_digest(self) -> str:
-        """One digest over all that checkpoints leave out, as it was at the start."""
-        return combined({path: self.notes["frozen"][path] for path in self.left_out})
-
-    def verify(self, state: State, plan: Plan) -> None:
-        """Raises UserError that names the leaves if a frozen value is not, bit for bit, what it was at the start."""
-        params, stats = self.layout.to_host((state.params, state.stats))
-        now = plan.frozen_digests(params, stats)
-        moved = sorted(path for path, digest in self.notes["frozen"].items() if now.get(path) != digest)
-        if moved:
-            raise UserError(f"frozen values have changed by step {int(state.step)}: {listing(moved)}")
-
-    def hold(self, state: State) -> None:
-        """Holds the best state so far on the host: it is written before the next checkpoint that is due.
-
-        Saving takes longer than an epoch on kept features. Who is killed in between finds the same one again. Several
-        processes write it at once: what lies on one host is none of their common arrays.
-        """
-        if jax.process_count() > 1:
-            return self.save(state)
-        with self.clock("checkpoints"):
-            own, shared = part(state, self.plan)
-            own = jax.tree.map(np.array, self.layout.to_host(own))  # a copy: the buffers are donated
-            self.held = self.to_save(whole(own, shared, self.plan))
-
     def save(self, state: State) -> None:
-        """Begins to save a checkpoint, and before it the best one, where it is held."""
+        """Begins to save a checkpoint."""
         with self.clock("checkpoints"):
-            for found in filter(None, (self.held, self.to_save(state))):
-                self.checkpoints.save(*found)
-            self.held = None
-
-    def to_save(self, state: State) -> tuple[int, State, dict, int | None]:
-        """What `Checkpoints.save` takes, after proving that what is frozen has stayed."""
-        self.verify(state, self.plan)
-        self.notes |= {"step": int(state.step), "base": self.base_digest()}
-        best = self.notes["best"]
-        notes = copy.deepcopy(self.notes)
-        return int(state.step), delta.cut(state, self.left_out), notes, best["step"] if best else None
+            self.keeper.save(state, self.plan)
 
     def compile(self, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
@@ -331,11 +279,11 @@ class Run:
         batches = self.batches(start)
         own, shared = part(state, self.plan)  # what is frozen goes into the steps and never comes out
         now = lambda: whole(own, shared, self.plan)
-        pending = self.notes["pending"]  # metrics of the steps since the last row
+        pending = self.keeper.notes["pending"]  # metrics of the steps since the last row
         stopping = False
         bar, wait = self.console.progress(self.total, start, every["log"]), InputWait()
         with bar as bar, wait, contextlib.closing(batches):
-            begun, counted = self.tick(), 0
+            begun, counted = self.clock.tick(), 0
             for step in range(start + 1, self.phase.stop + 1):
                 if self.ended_early():
                     break
@@ -356,18 +304,16 @@ class Run:
                     if self.first_step is None:
                         self.first_step = round(time.time() - STARTED, 2)
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
-                    self.seconds["first step"] = self.seconds.get("first step", 0.0) + self.tick() - begun
-                    begun, counted = self.tick(), 0  # what follows is the steady pace
+                    self.clock.add("first step", self.clock.tick() - begun)
+                    begun, counted = self.clock.tick(), 0  # what follows is the steady pace
                     wait.seconds = 0.0
                 due = {name for name, n in every.items() if step % n == 0 or step == self.total}
-                stopping = (
-                    self.checkpoints.preempted(step) if jax.process_count() > 1 else bool(self.termination.received)
-                )
+                stopping = self.stopping(step)
                 if not (due or stopping):
                     continue
                 pending[:] = self.fetched(pending, step)
-                spent = self.tick() - begun
-                self.seconds["train"] = self.seconds.get("train", 0.0) + spent
+                spent = self.clock.tick() - begun
+                self.clock.add("train", spent)
                 speed = config.batch_size * counted / spent if counted else None
                 if "log" in due:
                     row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
@@ -379,23 +325,31 @@ class Run:
                 if stopping or "checkpoint" in due or self.ended_early():
                     self.save(now())
                 elif better:
-                    self.hold(now())
+                    with self.clock("checkpoints"):
+                        self.keeper.hold(now(), self.plan)
                 if stopping:
                     break
-                begun, counted = self.tick(), 0
+                begun, counted = self.clock.tick(), 0
         self.waited += wait.seconds
         if self.cache:
-            spent = text.duration(self.seconds.get("features", 0.0))
+            spent = text.duration(self.clock.seconds.get("features", 0.0))
             self.console.print(f"feature cache: {text.size(self.cache.nbytes)} used, {spent} to compute or read them")
         with self.clock("checkpoints"):
-            self.checkpoints.wait()
+            self.keeper.checkpoints.wait()
         return now(), stopping
+
+    def stopping(self, step: int) -> bool:
+        """Whether a signal has come; several processes agree on the step."""
+        if jax.process_count() > 1:
+            return self.keeper.checkpoints.preempted(step)
+        return bool(self.termination.received)
 
     def placed(self, batches, wait: InputWait) -> dict:
         """The next batch, on the devices, which meanwhile compute the step before."""
-        asked, free = time.perf_counter(), self.tick()
+        asked, free = time.perf_counter(), self.clock.tick()
         batch = self.layout.place_batch(next(batches))
-        wait.arrived(asked, busy=time.perf_counter() - asked - (self.tick() - free))  # features are the device's work
+        # What took no time by the clock are features, the device's own work.
+        wait.arrived(asked, busy=time.perf_counter() - asked - (self.clock.tick() - free))
         return batch
 
     def fetched(self, pending: list[dict], step: int) -> list[dict]:
@@ -403,8 +357,8 @@ class Run:
         pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending)]
         for at, m in enumerate(pending, step - len(pending) + 1):
             if not math.isfinite(m["loss"]):
-                self.checkpoints.wait()
-                last = self.checkpoints.latest()
+                self.keeper.checkpoints.wait()
+                last = self.keeper.checkpoints.latest()
                 raise UserError(
                     f"the loss is {m['loss']} at step {at}; the last good checkpoint is "
                     + (f"step {last} in {self.workdir.path}" if last is not None else "none")
@@ -421,20 +375,13 @@ class Run:
             found = self.figures(*evaluated(state, self.plan), self.dataset.val)
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
         value = found[self.config.metric.removeprefix("val/")]
-        best = self.notes["best"]
-        better = metrics.better(self.config.metric, value, best)
-        if better:
-            epoch = round(step / self.per_epoch, 3)
-            best = {"step": step, "epoch": epoch, "metric": self.config.metric, "value": value}
-            self.notes |= {"best": best, "since_best": 0}
-        else:
-            self.notes["since_best"] += 1
+        better = self.keeper.assess(self.config.metric, value, step, step / self.per_epoch)
         self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)
         return better
 
     def ended_early(self) -> bool:
         """Whether the evaluations have stopped improving for as long as the config bears."""
-        return 0 < self.config.early_stop <= self.notes["since_best"]
+        return 0 < self.config.early_stop <= self.keeper.notes["since_best"]
 
     def figures(self, params, stats, split: data.Split) -> dict:
         """The figures of a split."""

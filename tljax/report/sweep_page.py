@@ -23,6 +23,7 @@ REPEATED = (
     "Lines are means over repeats, dots the repeats; the band is the 95 % interval of the mean, from three repeats on. "
     "Ringed: the best on val. A cross on the edge: a repeat has diverged. "
 )
+ELIMINATED = "Who was eliminated has the figures of his last rung. "
 OTHERS = "Where settings differ in further axes the best on val is shown. "
 HOW = {"vmap": "at once", "map": "in turn, in one step", "sequence": "one run after another"}
 CURVES = {  # of the axes that every such sweep has: file, title
@@ -62,8 +63,9 @@ class Page:
                 drawn.with_suffix(suffix).replace((self.folder.path / name).with_suffix(suffix))
             found.append((name, title, caption))
 
+        halved = any(row["status"].startswith("eliminated") for row in view.rows)
         for x in view.numeric[:3]:
-            caption = REPEATED + (OTHERS if len(view.axes) > 2 else "")
+            caption = REPEATED + (ELIMINATED if halved else "") + (OTHERS if len(view.axes) > 2 else "")
             name, title = CURVES.get(x, (f"over_{re.sub('[^a-zA-Z0-9]+', '_', x)}.png", _title(named(x))))
             draw(name, title, caption, sweep_curves.curves, x)
         for x, y in view.pairs():
