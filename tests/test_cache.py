@@ -181,7 +181,7 @@ def test_features_on_disk_are_used_until_something_that_they_depend_on_changes(p
     assert list(home.rglob(".*")) == [other]
 
 
-@pytest.mark.parametrize("where", ["disk", "memory"])
+@pytest.mark.parametrize("where", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch, where):
     fields = {"cache": where, **FIELDS}
     whole = run(tiny, tmp_path / "whole", **fields)

@@ -63,7 +63,7 @@ class Killed(Exception):
 
 def killed_at(step: int, argv: list[str]) -> None:
     """Starts a run and ends it, as a kill would, when the checkpoint of a step is whole."""
-    save = train.Checkpoints.save
+    save = Checkpoints.save
 
     def killing(self, at, state, notes, best=None):
         save(self, at, state, notes, best)
@@ -72,7 +72,7 @@ def killed_at(step: int, argv: list[str]) -> None:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Checkpoints, "save", killing)
+        patch.setattr(Checkpoints, "save", killing)
         with pytest.raises(Killed):
             train.main(argv)
 

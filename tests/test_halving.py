@@ -130,6 +130,7 @@ def test_a_random_search_is_halved_and_a_repeated_command_finds_it_done(base, sw
     assert "6 are done" in said[0]
 
 
+@pytest.mark.slow
 def test_generations_of_a_study_share_a_compiled_step_and_features(base, sweeps, caplog, monkeypatch):
     pytest.importorskip("optuna")
     caches = []

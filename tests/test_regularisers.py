@@ -182,6 +182,7 @@ def by_path(tree):
     return dict(zip(plans.paths(tree), jax.tree.leaves(tree)))
 
 
+@pytest.mark.slow
 def test_a_huge_strength_keeps_the_loaded_weights_and_the_metric_is_logged(run, place, capsys):
     """SGD contracts the distance by 1 − lr · strength = 0 each step: what is left is the last step's gradient."""
     plainly = {"optim_name": "sgd", "optim_momentum": 0.0, "optim_weight_decay": 0.0, "optim_clip": 0.0,

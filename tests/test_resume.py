@@ -18,7 +18,7 @@ from tljax.errors import UserError
 from tljax.workdir import Workdir
 
 STEPS = 400
-KILLS = 6
+KILLS = 4
 MORE = (
     f"--config.train_for={STEPS} steps", "--config.checkpoint_every=7 steps", "--config.eval_every=50 steps",
     "--config.log_every=10 steps", "--config.augment.randaugment=(2,5)", "--config.augment.color_jitter=0.2",
@@ -54,7 +54,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
             while i % 2 and len(Workdir(killed).rows()) <= before and time.time() < begun + 60:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.6) if i % 2 else rng.uniform(0, 6))
-            process.send_signal(signal.SIGTERM if i == 5 else signal.SIGKILL)
+            process.send_signal(signal.SIGTERM if i == 3 else signal.SIGKILL)
         out, err = process.communicate(timeout=300)
         resumed += [line for line in out.splitlines() if line.startswith("resumed from step")]
         if process.returncode == 0:
@@ -75,8 +75,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
 KILLED = """
 import os, signal, sys
 from tljax import phases, train
+from tljax.checkpoint import Checkpoints
 moment, step, *argv = sys.argv[1:]
-save, change = train.Checkpoints.save, phases.change
+save, change = Checkpoints.save, phases.change
 
 def killing_save(self, at, *args):
     reached = at == int(step) and moment != "between"
@@ -93,7 +94,7 @@ def killing_change(state, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     return change(state, *args)
 
-train.Checkpoints.save, phases.change = killing_save, killing_change
+Checkpoints.save, phases.change = killing_save, killing_change
 sys.exit(train.main(argv))
 """
 BOUNDARIES = (3, 6)
@@ -169,7 +170,7 @@ def test_changed_data_are_noticed_on_resume(tiny, photos, interrupted, tmp_path)
 
 def test_a_frozen_value_that_changed_is_named(tiny, interrupted, monkeypatch):
     """The digest is of the loaded weights, so a checkpoint with another frozen value does not pass for this run's."""
-    original = train.Checkpoints.restore
+    original = Checkpoints.restore
 
     def tampered(self, step, like):
         state = original(self, step, like)
@@ -177,6 +178,6 @@ def test_a_frozen_value_that_changed_is_named(tiny, interrupted, monkeypatch):
         assert stem
         return state
 
-    monkeypatch.setattr(train.Checkpoints, "restore", tampered)
+    monkeypatch.setattr(Checkpoints, "restore", tampered)
     with pytest.raises(UserError, match=r"frozen values have changed by step 24: params/stem/.*kernel"):
         train.main([*tiny, f"--workdir={interrupted}"])

@@ -14,6 +14,7 @@ from conftest import changed, command
 
 from tljax import evaluate, experiment, predict, train
 from tljax import plan as plans
+from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
@@ -238,7 +239,7 @@ def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny
     for step in (6, 9):
         # A run that ends at `step`, as a kill after that checkpoint would leave it.
         part = tmp_path / str(step)
-        save = train.Checkpoints.save
+        save = Checkpoints.save
 
         class Killed(Exception):
             pass
@@ -250,7 +251,7 @@ def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Checkpoints, "save", killing)
+            patch.setattr(Checkpoints, "save", killing)
             with pytest.raises(Killed):
                 train.main(changed(tiny, part, **fields))
         assert train.main(changed(tiny, part, **fields)) == 0

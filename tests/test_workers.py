@@ -293,6 +293,7 @@ def test_a_folder_that_is_a_file_is_told(file, tmp_path):
 # ---- with training
 
 
+@pytest.mark.slow
 def test_a_plan_is_kept_whoever_goes_on_with_it(made, tmp_path, monkeypatch):
     """A full disk ends the first worker; one with less memory, that would part it otherwise, goes on with its plan."""
     whole, cut = Folder(tmp_path / "whole"), Folder(tmp_path / "cut")
