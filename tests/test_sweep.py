@@ -333,8 +333,9 @@ def test_bad_axes_are_told_in_one_line(base, sweeps, tmp_path, axes, line):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_the_command_says_its_plan_and_refuses_what_cannot_be(base, tmp_path, capsys):
-    made = base({"optim.lr": (0.01, 0.02)}, strategy="frozen()", train_for="4 steps")
+def test_the_command_says_its_plan_and_refuses_what_cannot_be(base, tmp_path, capsys, monkeypatch):
+    made = base({"optim.lr": (0.01, 0.02)}, strategy="frozen()", train_for="4 steps", eval_every="2 steps")
+    monkeypatch.setattr(group, "TELL", -1.0)
     file, folder = tmp_path / "config.py", tmp_path / "sweep"
     text = config.to_json(made)
     file.write_text(f"from tljax.config import from_json\ndef get_config():\n    return from_json('''{text}''')\n")
@@ -346,6 +347,7 @@ def test_the_command_says_its_plan_and_refuses_what_cannot_be(base, tmp_path, ca
     said = capsys.readouterr().out
     assert "2 members: 2 × optim.lr" in said
     assert "group 1 of 1: tiny: 2 members, 1 compiled step (vmap: at once), at most " in said
+    assert "\nstep 2 of 4, 2 members: about " in said
     assert "the best by val/nll, " in said
     with pytest.raises(UserError, match=r"holds a run with another config: sweep.optim.lr: .* → \(0.5,\)"):
         sweep.main([*argv, "--config.sweep.optim.lr=(0.5,)"])

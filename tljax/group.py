@@ -18,10 +18,11 @@ from tljax.errors import UserError
 from tljax.grid import Member
 from tljax.members import Members, choose
 from tljax.parallel import Layout, Spread, members_over
-from tljax.report import metrics
+from tljax.report import metrics, text
 from tljax.step import State, numbers_of
 
 Tree = Any
+TELL = 20.0  # seconds from one line about how far a group is to the next
 BEGIN = 2.5e7  # operations in the time that it takes to begin a step: half a millisecond of a CPU
 PLAIN = configs.ConfigDict({"mode": "jit", "fsdp": 1})
 SHOWN = ("accuracy", "macro_f1", "nll", "ece", "coarse_accuracy")
@@ -140,7 +141,7 @@ class Group:
         begun = time.time()
         filled = self.filled(courses, size)
         own, shared = self.begin(filled, say)
-        steps, own, best = self.fit(courses, filled, own, shared)
+        steps, own, best = self.fit(courses, filled, own, shared, say=say)
         own = own if best is None else best
         found = {name: self.figures(courses, filled, own, shared, name) for name in ("val", "test")}
         seconds = (time.time() - begun) / len(courses)
@@ -189,9 +190,9 @@ class Group:
 
     def fit(
         self, courses: Sequence[Course], filled: Sequence[Course], own: State, shared: State, best: State | None = None,
-        start: int = 0, stop: int | None = None,
+        start: int = 0, stop: int | None = None, say: Callable[[str], None] = lambda line: None,
     ):  # fmt: skip
-        """Trains from step `start`, at which all are, to `stop`, by default the end.
+        """Trains from step `start`, at which all are, to `stop`, by default the end; says now and then how far it is.
 
         Returns (metrics of these steps, {name: [steps, members]}, the own parts, those of the best so far where
         config.select = "best", else None).
@@ -219,6 +220,8 @@ class Group:
             if self.compiled is None:
                 self.compiled = self.programs.step.lower(*arguments).compile()
             own, alive, measured = self.compiled(*arguments)
+            if step == start:
+                begun = told = time.time()  # compiled
             pending.append((go, measured))
             going = [course for course, goes in zip(courses, go) if goes]
             for course in going:
@@ -231,6 +234,11 @@ class Group:
                 continue
             done += fetched(courses, pending)
             pending = []
+            if step + 1 < stop and time.time() > told + TELL:
+                told = time.time()
+                left = text.duration((told - begun) / (step - start) * (stop - step - 1))
+                going = text.counted(sum(not course.over for course in courses), "member")
+                say(f"step {step + 1} of {stop}, {going}: about {left} left")
             if len(self.pools["val"]):
                 better = self._assess(courses, filled, own, shared, due)
                 if self.exp.config.select == "best":
