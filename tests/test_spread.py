@@ -5,8 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-import source_task
-from tiny import get_config
+import test_sweep
 
 from tljax import grid, group, parallel, sweep
 from tljax.errors import UserError
@@ -14,22 +13,13 @@ from tljax.report.console import Console
 
 COLLECTIVES = re.compile("all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # each device batches fewer members
+weights, longer = test_sweep.weights, test_sweep.base  # fixtures
 
 
 @pytest.fixture
-def base(photos, tmp_path):
-    """`base(axes, field=value)`: the tiny experiment on loaded weights and two kept views, as a sweep."""
-    source_task.write(tmp_path / "tiny.safetensors")
-
-    def make(axes, **fields):
-        made = get_config()
-        made.data.source, made.weights, made.cache_views = f"folder:{photos}", str(tmp_path / "tiny.safetensors"), 2
-        made.train_for, made.log_every, made.eval_every = "6 steps", "2 steps", "3 steps"
-        made.update_from_flattened_dict(fields)
-        made.sweep = grid.axes(axes)
-        return made
-
-    return make
+def base(longer):
+    """`base(axes, field=value)`: as in test_sweep, with fewer steps."""
+    return lambda axes, **fields: longer(axes, **{"train_for": "6 steps", "eval_every": "3 steps"} | fields)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-import source_task
+import test_sweep
 from conftest import script
 from tiny import get_config
 
@@ -25,12 +25,7 @@ UNITS = [Unit(number // 4, "", (number,)) for number in range(12)]
 START = "import sys; from tljax import command, sweep; sys.argv[0] = 'sweep'; command.run(sweep.main)"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file of weights, so that seeds differ in the head alone."""
-    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    source_task.write(file)
-    return str(file)
+weights = test_sweep.weights  # a fixture
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ class Members:
             raise ValueError("members that see photographs, and not their features, share one stream")
         self.exp, self.layout, self.phase, self.plan = exp, layout, phase, phase.plan
         self.how, self.kept, self.varied, self.spread = how, kept, varied, spread
+        self.first = spread.program(jax.vmap(self._begun, in_axes=(0, 0, None)), True, True, False)
         self.step = spread.program(
             self._step, True, True, False, False, True, True, False, varied, donate=(0, 1)
         )  # fmt: skip
@@ -97,8 +98,7 @@ class Members:
         stack = lambda *leaves: np.stack(leaves)
         own = jax.tree.map(stack, *(split(params)[0] for params, _ in variables))
         moving = jax.tree.map(stack, *(self.plan.split_stats(stats)[0] for _, stats in variables))
-        begun = self.spread.program(jax.vmap(self._begun, in_axes=(0, 0, None)), True, True, False)
-        return begun(own, moving, shared), shared
+        return self.first(own, moving, shared), shared
 
     def _begun(self, trainable: Tree, moving: Tree, shared: State) -> State:
         merge = self.plan.merge
