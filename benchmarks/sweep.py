@@ -1,7 +1,7 @@
 """What training members together saves: steps of groups, and whole sweeps against ordinary runs.
 
     python benchmarks/sweep.py                # extra `demo`; an hour on 2 cores; writes docs/speed.md
-    python benchmarks/sweep.py --only=steps   # or members, depth: one part
+    python benchmarks/sweep.py --only=steps   # or heads, members, depth: one part
 
 Finished runs are kept in --workdir; the ordinary runs of the main job are those of benchmarks/cache.py, in --runs.
 """
@@ -12,7 +12,6 @@ if __name__ == "__main__":
     pages.restart()
 
 import argparse
-import functools
 import shutil
 import subprocess
 import sys
@@ -128,23 +127,39 @@ def swept(folder: Path, name: str, config: str) -> tuple[float, list[dict]]:
     return float((path / "seconds").read_text()), Folder(path).results()
 
 
-def alone(folder: Path, name: str, row: dict) -> float:
-    """Seconds of the ordinary run of a member."""
+def alone(folder: Path, name: str, row: dict, cached: bool) -> float:
+    """Seconds of the ordinary run of a member, with its kept features or with new augmented views each epoch."""
     from tljax import config as configs
     from tljax import grid
     from tljax.folder import Folder
 
-    path = folder / f"{name}-{row['number']}"
+    path = folder / f"{name}-{row['number']}{'' if cached else '-uncached'}"
     if not (path / "seconds").exists():
         shutil.rmtree(path, ignore_errors=True)
         (member,) = (m for m in grid.members(Folder(folder / name).config()) if m.number == row["number"])
         path.mkdir(parents=True)
+        if not cached:
+            member.config.update(cache="off", cache_views=0)
         whole = repr(configs.to_json(member.config))
         text = f"from tljax.config import from_json\n\n\ndef get_config():\n    return from_json({whole})\n"
         (path / "config.py").write_text(text)
         seconds = command("tljax.train", f"--config={path / 'config.py'}", f"--workdir={path / 'run'}")
         (path / "seconds").write_text(str(seconds))
     return float((path / "seconds").read_text())
+
+
+def steps_section(given) -> str:
+    """Steps of groups against steps of one."""
+    head = ("what trains", "members", "how", "one, ms", "all, ms", "all over one", "faster than in turn")
+    return f"""## Sweeps
+
+By `python benchmarks/sweep.py`: batch 16 at 224 pixels, float32. Machine: {sections.machine()}.
+
+Steps, medians of {REPEATS}, of one member and of all in one compiled step; *faster than in turn* compares with as many
+steps of one:
+
+{sections.table(head, compare_steps())}
+"""
 
 
 def members_section(given) -> str:
@@ -173,33 +188,50 @@ Test accuracy of the sweep's members {accuracy(rows)} %, of the cached runs {acc
 """
 
 
+def heads_section(given) -> str:
+    """Sixty-four heads on kept features against ordinary runs of one, which keep theirs as well."""
+    seconds, rows = swept(given.workdir, "heads", "seeds.py:count=64")
+    each = [alone(given.workdir, "heads", row, True) for row in rows[: given.seeds]]
+    one = float(np.median(each))
+    table = sections.table(
+        ("configs/sweeps/seeds.py:count=64", "wall clock, s", "over one run"),
+        [("one ordinary run", f"{one:.0f}", "1.0"), ("the sweep of 64", f"{seconds:.0f}", f"{seconds / one:.2f}")],
+    )
+    return f"""
+{table}
+
+Ordinary runs: {", ".join(f"{t:.0f}" for t in each)} s.
+"""
+
+
 def depth_section(given) -> str:
     """The sweep lr_by_depth against the same runs one after another, estimated from five of them."""
     seconds, rows = swept(given.workdir, "lr_by_depth", "lr_by_depth.py")
     by_depth: dict[str, list[dict]] = {}
     for row in rows:
         by_depth.setdefault(row["fields"]["strategy"], []).append(row)
-    whole = functools.partial(alone, given.workdir, "lr_by_depth")
-    chosen = [found[len(found) // 2] for found in by_depth.values()]
-    each = [[whole(row)] for row in chosen]
-    each[0].append(whole(by_depth[chosen[0]["fields"]["strategy"]][0]))
-    expected = sum(len(found) * np.mean(times) for found, times in zip(by_depth.values(), each))
+    # Of each depth a run from the middle of its rates, and of the first depth another.
+    chosen = [[found[len(found) // 2]] for found in by_depth.values()]
+    chosen[0].append(next(iter(by_depth.values()))[0])
+    told, said = [("the sweep", len(rows), f"{seconds / 60:.1f}", "1.0")], []
+    for cached, name in ((True, "with their feature cache"), (False, "cache off")):
+        each = [[alone(given.workdir, "lr_by_depth", row, cached) for row in found] for found in chosen]
+        expected = sum(len(found) * np.mean(times) for found, times in zip(by_depth.values(), each))
+        told.append(
+            (f"the same runs one after another, {name}", len(rows), f"{expected / 60:.0f}", f"{expected / seconds:.1f}")
+        )
+        said.append(f"{name} {', '.join(f'{t:.0f}' for found in each for t in found)} s")
     ends = [row["status"].split(" at ")[0] for row in rows]
-    said = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
-    table = sections.table(
-        ("configs/sweeps/lr_by_depth.py", "members", "wall clock, min", "over the sweep"),
-        [
-            ("the sweep", len(rows), f"{seconds / 60:.1f}", "1.0"),
-            ("the same runs one after another", len(rows), f"{expected / 60:.0f}", f"{expected / seconds:.1f}"),
-        ],
-    )
-    times = ", ".join(f"{t:.0f}" for found in each for t in found)
+    table = sections.table(("configs/sweeps/lr_by_depth.py", "members", "wall clock, min", "over the sweep"), told)
     return f"""
 {table}
 
-Its members: {said}. The ordinary runs, with their feature cache, are estimated from {sum(map(len, each))} of them
-({times} s), each depth by its own.
+Its members: {", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))}. The ordinary runs are estimated
+from {sum(map(len, chosen))} of them, each depth by its own: {"; ".join(said)}.
 """
+
+
+PARTS = {"steps": steps_section, "heads": heads_section, "members": members_section, "depth": depth_section}
 
 
 def main():
@@ -207,27 +239,15 @@ def main():
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmark-sweeps"))
     parser.add_argument("--runs", type=Path, default=Path("runs/cache"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", choices=("steps", "members", "depth"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         return serve(given.serve)
-    found = {}
-    if given.only in (None, "steps"):
-        head = ("what trains", "members", "how", "one, ms", "all, ms", "all over one", "faster than in turn")
-        found["steps"] = f"\n{sections.table(head, compare_steps())}\n"
-    if given.only in (None, "members"):
-        found["members"] = members_section(given)
-    if given.only in (None, "depth"):
-        found["depth"] = depth_section(given)
-    text = f"""## Sweeps
-
-By `python benchmarks/sweep.py`: batch 16 at 224 pixels, float32. Steps: medians of {REPEATS}, of one member and of all
-in one compiled step; *faster than in turn* compares with as many steps of one. Machine: {sections.machine()}.
-{"".join(found.values())}"""
-    print(text)
-    if not given.only:
-        sections.write("sweep", text)
+    for part in [given.only] if given.only else PARTS:
+        text = PARTS[part](given)
+        print(text, flush=True)
+        sections.write(f"sweep, {part}", text)
 
 
 if __name__ == "__main__":

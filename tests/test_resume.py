@@ -39,6 +39,11 @@ def end(path):
     return leaves, rows, {k: summary[k] for k in ("best", "val", "test", "frozen", "steps")}, checkpoints.steps()
 
 
+def newest(path) -> int:
+    """The step of the newest complete checkpoint of a run, -1 where there is none."""
+    return max((int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()), default=-1)
+
+
 def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
     argv = [*tiny, *MORE]
     whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
@@ -49,9 +54,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
     for i in range(100):
         process = command("tljax.train", *argv, f"--workdir={killed}")
         if i < KILLS:
-            # Half of the kills at any moment of a process's life, half in the middle of training and saving.
-            begun, before = time.time(), len(Workdir(killed).rows())
-            while i % 2 and len(Workdir(killed).rows()) <= before and time.time() < begun + 60:
+            # Half of the kills at any moment of a process's life, half in the middle of training and saving: those
+            # come after a checkpoint of the process's own, so that the next process has one to resume from.
+            begun, before = time.time(), newest(killed)
+            while i % 2 and newest(killed) <= before and process.poll() is None and time.time() < begun + 120:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.6) if i % 2 else rng.uniform(0, 6))
             process.send_signal(signal.SIGTERM if i == 3 else signal.SIGKILL)
