@@ -236,8 +236,9 @@ class Run:
         return data.feature_batches(features, train.labels, views=count, **common)
 
     def save(self, state: State) -> None:
-        """Begins to save a checkpoint."""
+        """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
+            self.workdir.flush()
             self.keeper.save(state, self.plan)
 
     def compile(self, like: State) -> None:
@@ -374,6 +375,7 @@ class Run:
         with self.clock("eval"):
             found = self.figures(*evaluated(state, self.plan), self.dataset.val)
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
+        self.workdir.flush()
         value = found[self.config.metric.removeprefix("val/")]
         better = self.keeper.assess(self.config.metric, value, step, step / self.per_epoch)
         self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)
