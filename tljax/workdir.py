@@ -17,7 +17,6 @@ from tljax import config as configs
 from tljax import stores
 from tljax.errors import UserError, listing
 
-
 COPY_EVERY = 30.0  # seconds between two copies to a store of what has grown
 
 
