@@ -56,14 +56,15 @@ class Bucket:
         return self.objects[bucket, name]["content"]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers whole; `serve` says with what."""
+
     protocol_version = "HTTP/1.1"
-    held: Bucket
 
     def log_message(self, *_):
         pass
 
-    def _answer(self, status: int, body: bytes | dict = b"", **headers: str) -> None:
+    def answer(self, status: int, body: bytes | dict = b"", **headers: str) -> None:
         body = json.dumps(body).encode() if isinstance(body, dict) else body
         headers.setdefault("Content-Type", "application/json; charset=UTF-8")
         with contextlib.suppress(ConnectionError):  # gcsfs asks two things at once, and hears the first answer only
@@ -75,10 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-    def _error(self, status: int, message: str) -> None:
-        self._answer(status, {"error": {"code": status, "message": message, "errors": [{"reason": message}]}})
-
-    def _body(self) -> bytes:
+    def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             parts = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -88,29 +86,74 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+    def content(self, content: bytes, **told: str) -> None:
+        """Answers with a content, or with the range of it that was asked for."""
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not asked:
+            return self.answer(200, content, **told)
+        first, last = asked[1], asked[2]
+        start = int(first) if first else max(0, len(content) - int(last))
+        stop = min(len(content), int(last) + 1) if first and last else len(content)
+        if start >= max(1, len(content)):
+            return self.error(416, "requested range not satisfiable")
+        told["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        self.answer(206, content[start:stop], **told)
+
     def _serve(self) -> None:
+        self.serve()
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _serve
+
+
+class Server(contextlib.AbstractContextManager):
+    """Serves on loopback, in threads, what a Handler says of `held`; enters with its address."""
+
+    def __init__(self, handler: type, held: object):
+        self.server = _Quiet(("127.0.0.1", 0), type("Bound", (handler,), {"held": held}))
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Says nothing of connections that a client has dropped."""
+
+
+class _GCS(Handler):
+    held: Bucket
+
+    def error(self, status: int, message: str) -> None:
+        self.answer(status, {"error": {"code": status, "message": message, "errors": [{"reason": message}]}})
+
+    def serve(self) -> None:
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
-        body, held = self._body(), self.held
+        body, held = self.body(), self.held
         held.requests.append(f"{self.command} {unquote(parts.path)}")
         if held.refused and re.search(held.refused, held.requests[-1]):
-            return self._error(403, "the caller does not have permission")
+            return self.error(403, "the caller does not have permission")
         found = re.fullmatch(r"/(?:(upload|download)/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", parts.path)
         if not found:
-            return self._error(501, f"not of this fake: {self.path}")
+            return self.error(501, f"not of this fake: {self.path}")
         bucket, name = unquote(found[2]), unquote(found[3] or "")
         if bucket not in held.names:
-            return self._error(404, "The specified bucket does not exist.")
+            return self.error(404, "The specified bucket does not exist.")
         with held.lock:
             if found[1] == "upload":
                 return self._upload(bucket, query, body)
             if "/o" not in parts.path.removeprefix(f"/storage/v1/b/{found[2]}") and not name:
-                return self._answer(200, {"kind": "storage#bucket", "name": bucket, "id": bucket})
+                return self.answer(200, {"kind": "storage#bucket", "name": bucket, "id": bucket})
             if not name:
                 return self._list(bucket, query)
             return self._object(bucket, name, query)
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _serve
 
     def _list(self, bucket: str, query: dict) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -124,39 +167,30 @@ class _Handler(BaseHTTPRequestHandler):
                 prefixes.add(prefix + rest.partition(delimiter)[0] + delimiter)
             else:
                 items.append(entry["meta"])
-        self._answer(200, {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
+        self.answer(200, {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
 
     def _object(self, bucket: str, name: str, query: dict) -> None:
         entry = self.held.objects.get((bucket, name))
         if entry is None:
-            return self._error(404, f"No such object: {bucket}/{name}")
+            return self.error(404, f"No such object: {bucket}/{name}")
         meta, content = entry["meta"], entry["content"]
         if query.get("ifGenerationMatch", meta["generation"]) != meta["generation"]:
-            return self._error(412, "conditionNotMet")
+            return self.error(412, "conditionNotMet")
         if query.get("ifGenerationNotMatch") == meta["generation"]:
-            return self._answer(304)
+            return self.answer(304)
         if self.command == "DELETE":
             del self.held.objects[bucket, name]
-            return self._answer(204)
+            return self.answer(204)
         if self.command not in ("GET", "HEAD"):
-            return self._error(501, f"not of this fake: {self.command} {self.path}")
+            return self.error(501, f"not of this fake: {self.command} {self.path}")
         if query.get("alt") != "media":
-            return self._answer(200, meta)
+            return self.answer(200, meta)
         told = {
             "Content_Type": meta["contentType"], "ETag": meta["etag"], "x_goog_generation": meta["generation"],
             "x_goog_metageneration": "1", "x_goog_stored_content_length": meta["size"],
             "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
         }  # fmt: skip
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self._answer(200, content, **told)
-        first, last = asked[1], asked[2]
-        start = int(first) if first else max(0, len(content) - int(last))
-        stop = min(len(content), int(last) + 1) if first and last else len(content)
-        if start >= max(1, len(content)):
-            return self._error(416, "requested range not satisfiable")
-        told["Content_Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self._answer(206, content[start:stop], **told)
+        self.content(content, **told)
 
     def _upload(self, bucket: str, query: dict, body: bytes) -> None:
         held, kind = self.held, query.get("uploadType")
@@ -167,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
             number = str(len(held.uploads) + 1)
             held.uploads[number] = (bucket, query.get("name") or told["name"], query, bytearray())
             where = f"{held.url}/upload/storage/v1/b/{quote(bucket)}/o?uploadType=resumable&upload_id={number}"
-            return self._answer(200, {}, Location=where)
+            return self.answer(200, {}, Location=where)
         name, content = query.get("name", ""), body
         if kind == "multipart":
             boundary = re.search('boundary="?([^";]+)"?', self.headers["Content-Type"])[1].encode()
@@ -181,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         sofar += body
         whole = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+|\*)", self.headers.get("Content-Range", "bytes */*"))[1]
         if whole == "*" and self.headers.get("Content-Range"):
-            return self._answer(308, Range=f"bytes=0-{len(sofar) - 1}")
+            return self.answer(308, Range=f"bytes=0-{len(sofar) - 1}")
         del self.held.uploads[number]
         self._keep(bucket, name, query, bytes(sofar))
 
@@ -189,30 +223,16 @@ class _Handler(BaseHTTPRequestHandler):
         there = self.held.objects.get((bucket, name))
         wanted = query.get("ifGenerationMatch")
         if wanted is not None and wanted != (there["meta"]["generation"] if there else "0"):
-            return self._error(412, "conditionNotMet")
-        self._answer(200, self.held.put(bucket, name, content))
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_):
-        """Says nothing of connections that a client has dropped."""
+            return self.error(412, "conditionNotMet")
+        self.answer(200, self.held.put(bucket, name, content))
 
 
 @contextlib.contextmanager
 def serving(*names: str) -> Iterator[Bucket]:
     """Runs a server with empty buckets of these names."""
     held = Bucket(*names)
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"held": held}))
-    held.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with Server(_GCS, held) as held.url:
         yield held
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def environment(url: str) -> dict[str, str]:

@@ -131,9 +131,7 @@ def test_sources_that_are_not_there():
     put("bucket/a/w.bin", b"content")
     assert error_of(f"{SCHEME}://bucket/b.bin") == f"weights: {SCHEME}://bucket/b.bin does not exist"
     assert error_of(f"{SCHEME}://bucket/a").startswith(f"weights: {SCHEME}://bucket/a cannot be read (ValueError: Pro")
-    assert error_of(f"{SCHEME}://") == (
-        f"weights: '{SCHEME}://' names no bucket, as {SCHEME}://bucket/folder does"
-    )
+    assert error_of(f"{SCHEME}://") == (f"weights: '{SCHEME}://' names no bucket, as {SCHEME}://bucket/folder does")
     assert error_of("strange://bucket/w.bin") == (
         "weights: strange:// is no scheme that etils.epath knows, as gs:// and s3:// are"
     )
