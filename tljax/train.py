@@ -209,7 +209,7 @@ class Run:
         self.cache = None if not where else cache.FeatureCache(
             self.exp, self.layout, self.phase, state.params, state.stats, where,
             say=self.console.print, stopped=lambda: self.termination.received,
-            clock=functools.partial(self.clock, "features"),
+            clock=lambda split: self.clock("test" if split is self.dataset.test else "features"),
         )  # fmt: skip
 
     def batches(self, start: int):
@@ -229,6 +229,7 @@ class Run:
                 self.cache(train, view)
         count, first = cache.views(config), self.phase.start * config.batch_size // len(train)
 
+        @functools.cache
         def features(view):  # in the order of the phase's first epoch that shows the view
             order = data.permutation(len(train), config.seed, first + (view - first) % count)
             return self.cache.growing(train, view, order)
