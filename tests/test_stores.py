@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 
 import fake_gcs
@@ -10,7 +11,8 @@ import fake_s3
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY
+from conftest import TINY, command, script
+from test_resume import KILLED, end
 
 from tljax import config, files, sweep, train, workdir
 from tljax.checkpoint import Checkpoints
@@ -65,7 +67,6 @@ def test_a_workdir_in_a_store_has_the_rows_when_they_are_flushed(held, scheme, t
     monkeypatch.setattr(workdir, "COPY_EVERY", 1e9)
     place, there = f"{scheme}://bucket/runs/a", held[scheme]
     run = Workdir(place)
-    run.copied_at = 1e9
     run.claim(tiny_config())
     run.rewind(0)
     run.log({"step": 1, "train/loss": 0.5})
@@ -81,7 +82,6 @@ def test_a_workdir_in_a_store_has_the_rows_when_they_are_flushed(held, scheme, t
     resumed = Workdir(place)  # on another machine, after a kill
     resumed.claim(tiny_config())
     resumed.rewind(1)
-    resumed.copied_at = 1e9
     resumed.log({"step": 2, "train/loss": 0.125})
     resumed.write("summary.json", json.dumps({"steps": 2}))
     resumed.close()
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_does_not_arrive(held):
     held["s3"].refused = "PUT .*/2/"
     checkpoints.save(2, state(2), {}, best=None)
     with pytest.raises(
-        UserError, match="cannot write a checkpoint to s3://bucket/a/checkpoints: .*; the last whole one"
+        UserError, match=r"cannot write a checkpoint to s3://bucket/a/checkpoints: .*; the last whole one is of"
     ):
         checkpoints.wait()
     held["s3"].refused = ""
@@ -285,3 +285,47 @@ def test_half_a_copy_of_a_folder_goes_on(held):
     near = files.locate("s3://bucket/data", "data")
     assert sorted(p.name for p in near.iterdir()) == ["a.png", "b.png", "c.png"]
     assert (near / "b.png").read_bytes() == b"b" * 9
+
+
+SHORT = (
+    "--config.train_for=9 steps", "--config.checkpoint_every=3 steps", "--config.eval_every=4 steps",
+    "--config.log_every=2 steps", "--config.augment.mixup=0.2", "--config.drop_rate=0.3",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", FAKES)
+def test_a_run_killed_on_one_machine_goes_on_at_another(held, scheme, tiny, tmp_path):
+    """Killed in a save, and behind one; each process knows only what the store has. It ends as a local run does."""
+    from etils import epath
+
+    place = f"{scheme}://bucket/killed"
+    argv = [*tiny, *SHORT]
+    whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
+    for i, (moment, step) in enumerate((("during", 3), ("after", 6))):
+        machine = str(tmp_path / f"machine{i}")
+        process = script(KILLED, moment, str(step), *argv, f"--workdir={place}", XDG_CACHE_HOME=machine)
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == -signal.SIGKILL, err
+    process = command("tljax.train", *argv, f"--workdir={place}", XDG_CACHE_HOME=str(tmp_path / "last"))
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "resumed from step 6" in out
+    _, err = whole.communicate(timeout=500)
+    assert whole.returncode == 0, err
+    assert end(epath.Path(place)) == end(tmp_path / "whole")
+    left = [p for p in (tmp_path / "last").rglob("*") if p.is_file() and "xla" not in p.parts]
+    assert not [p for p in left if "workdirs" in p.parts]
+    held[scheme].requests.clear()
+    # What is at an end needs no step more, and serves as weights.
+    process = command("tljax.evaluate", f"--workdir={place}", XDG_CACHE_HOME=str(tmp_path / "other"))
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "the same figures as summary.json" in out
+    process = command(
+        "tljax.train", *argv, f"--config.weights={place}", f"--workdir={tmp_path / 'next'}",
+        XDG_CACHE_HOME=str(tmp_path / "other"),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert f"weights   {place}" in out
