@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY, command, script
+from test_launch import EXACT, assert_same, launch
 from test_resume import KILLED, end
 
 from tljax import config, files, sweep, train, workdir
@@ -329,3 +330,19 @@ def test_a_run_killed_on_one_machine_goes_on_at_another(held, scheme, tiny, tmp_
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     assert f"weights   {place}" in out
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run_to_a_store(held, tiny, tmp_path):
+    argv = [*tiny, *SHORT, "--config.parallel.fsdp=2"]
+    for place in ("gs://bucket/two", tmp_path / "two"):
+        process = launch(*argv, f"--workdir={place}")
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err
+    assert_same("gs://bucket/two", tmp_path / "two", EXACT)
+    names = held["gs"].names_below("gs://bucket/two/checkpoints/9")
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= {part for name in names for part in name.split("/")}
+    process = launch(*argv, "--workdir=s3://bucket/two")
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 2, err
+    assert "several processes keep their checkpoints in gs://" in err
