@@ -68,6 +68,7 @@ def test_a_workdir_in_a_store_has_the_rows_when_they_are_flushed(held, scheme, t
     monkeypatch.setattr(workdir, "COPY_EVERY", 1e9)
     place, there = f"{scheme}://bucket/runs/a", held[scheme]
     run = Workdir(place)
+    run.copied_at = 1e9
     run.claim(tiny_config())
     run.rewind(0)
     run.log({"step": 1, "train/loss": 0.5})
@@ -83,6 +84,7 @@ def test_a_workdir_in_a_store_has_the_rows_when_they_are_flushed(held, scheme, t
     resumed = Workdir(place)  # on another machine, after a kill
     resumed.claim(tiny_config())
     resumed.rewind(1)
+    resumed.copied_at = 1e9
     resumed.log({"step": 2, "train/loss": 0.125})
     resumed.write("summary.json", json.dumps({"steps": 2}))
     resumed.close()

@@ -31,8 +31,7 @@ class Workdir:
         self.path = stores.place(path, "--workdir") if self.remote else Path(path)
         self.near = stores.near(self.path) if self.remote else self.path  # where what grows is written
         self.copied: dict[str, int] = {}  # of what grows, how many bytes the store has
-        self.copied_at = time.monotonic()
-        self.growing = False  # from `rewind` to `close`
+        self.copied_at = 0.0
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
         self._events = None
@@ -90,7 +89,7 @@ class Workdir:
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for others."""
         file, rows = self.path / "metrics.jsonl", []
-        if self.growing:
+        if self._events is not None:
             file = self.near / "metrics.jsonl"
         with self._reading():
             lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
@@ -119,7 +118,6 @@ class Workdir:
                 self.near.mkdir(parents=True, exist_ok=True)
                 (self.near / "metrics.jsonl").write_text(kept)
                 self.copied = {"metrics.jsonl": len(kept.encode())}
-            self.growing = True
             # Not SummaryWriter: on a full disk its thread dies, and the run waits for it for ever.
             self._events = EventsWriter(os.path.join(self.near, "events"))
             if step:  # TensorBoard forgets what came after
@@ -146,22 +144,22 @@ class Workdir:
 
     def flush(self) -> None:
         """Copies what has grown to the store, where the workdir lies in one."""
-        if not (self.remote and self.growing):
+        if not (self.remote and self.writes and self._events):
             return
         with self._reported():
-            for file in self._grown():
+            for file in self._growing():
                 length = file.stat().st_size
                 if self.copied.get(file.name) != length:
                     stores.upload(file, self.path / file.name)
                     self.copied[file.name] = length
         self.copied_at = time.monotonic()
 
-    def _grown(self) -> list[Path]:
+    def _growing(self) -> list[Path]:
         return [self.near / "metrics.jsonl", *sorted(self.near.glob("events.*"))]
 
     def _clear(self) -> None:
         """Removes the local copies of what grows."""
-        for file in self._grown():
+        for file in self._growing():
             file.unlink(missing_ok=True)
 
     def summary(self) -> dict | None:
@@ -184,13 +182,12 @@ class Workdir:
         if self._events is not None:
             with self._reported():
                 self._events.close()
-            self._events = None
-        self.flush()
-        if self.remote and self.growing:
-            self.growing = False
-            self._clear()
-            with contextlib.suppress(OSError):
-                self.near.rmdir()
+            self.flush()
+            if self.remote:
+                self._events = None
+                self._clear()
+                with contextlib.suppress(OSError):
+                    self.near.rmdir()
 
     @contextlib.contextmanager
     def _reported(self):
