@@ -15,7 +15,8 @@ from conftest import TINY, command, script
 from test_launch import EXACT, assert_same, launch
 from test_resume import KILLED, end
 
-from tljax import config, files, sweep, train, workdir
+from tljax import command as command_line
+from tljax import config, files, stores, sweep, train, workdir
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.workdir import Workdir
@@ -180,14 +181,28 @@ def test_a_checkpoint_that_does_not_arrive(held):
     assert Checkpoints(place).steps() == [1]  # what was left here goes: the store is right
 
 
-def test_what_was_damaged_in_the_store_is_not_read(held):
+def test_what_was_damaged_in_the_store_is_not_read(held, capsys):
     place = "s3://bucket/a/checkpoints"
     checkpoints = Checkpoints(place)
     checkpoints.save(1, state(1), {}, best=None)
     checkpoints.close()
-    key = next(k for k in held["s3"].objects if "/1/state/" in k[1])
-    held["s3"].put(*key, b"damaged")
-    with pytest.raises(UserError, match="SHA-256"):
+    checkpoints = Checkpoints(place)
+    checkpoints.save(2, state(2), {}, best=None)
+    checkpoints.close()
+    for step in (2, 1):
+        bucket, name = next(k for k in held["s3"].objects if f"/{step}/state/" in k[1])
+        held["s3"].put(bucket, name, b"damaged")
+        if step == 2:
+            again = Checkpoints(place)
+            assert again.steps() == [1]
+            told = capsys.readouterr().err
+            assert told.startswith(f"{place}/2 is damaged: state/")
+            assert told.endswith(" is not what was saved; the one before it counts\n")
+            again.save(2, state(3), {}, best=None)
+            again.close()
+            assert Checkpoints(place, create=False).steps() == [1, 2]
+            held["s3"].put(bucket, name, b"damaged")
+    with pytest.raises(UserError, match=f"^no checkpoint is whole, and nothing was deleted: {place}/1 is damaged: "):
         Checkpoints(place)
 
 
@@ -221,6 +236,18 @@ def test_a_scheme_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"^--workdir: s3:// needs s3fs: pip install -e '\.\[s3\]'$"):
         Workdir("s3://bucket/run")
+
+
+def test_what_a_store_refuses_is_one_line_wherever_it_comes_up(held):
+    held["gs"].refused = held["s3"].refused = "."
+    for scheme in FAKES:
+        with pytest.raises(OSError, match="(?i)forbidden|denied") as caught:
+            stores.place(f"{scheme}://bucket/a.png", "").read_bytes()
+        line = command_line.explained(caught.value)
+        assert line, caught.value
+        assert line.startswith("a store cannot be read or written (")
+    assert stores.failed(ValueError("UNAVAILABLE: Error reading gs://bucket/a"))
+    assert not stores.failed(ValueError("NOT_FOUND: Error reading gs://bucket/a"))
 
 
 def test_what_needs_a_file_system_says_so():
