@@ -241,7 +241,7 @@ def test_a_scheme_without_its_library(monkeypatch):
 def test_what_a_store_refuses_is_one_line_wherever_it_comes_up(held):
     held["gs"].refused = held["s3"].refused = "."
     for scheme in FAKES:
-        with pytest.raises(OSError, match="(?i)forbidden|denied") as caught:
+        with pytest.raises(OSError, match=r"(?i)forbidden|denied") as caught:
             stores.place(f"{scheme}://bucket/a.png", "").read_bytes()
         line = command_line.explained(caught.value)
         assert line, caught.value
