@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tljax import config as configs
+from tljax import files
 from tljax.errors import UserError, listing
 
 
@@ -73,8 +74,9 @@ class Workdir:
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                int(row["step"])
+                row = files.parsed(line)
+                if type(row["step"]) is not int:
+                    raise ValueError
                 rows.append(row)
             except (ValueError, TypeError, LookupError):
                 if number < len(lines):
@@ -116,7 +118,7 @@ class Workdir:
         """The final figures, or None where the run has not ended."""
         file = self.path / "summary.json"
         try:
-            found = json.loads(file.read_text()) if file.exists() else None
+            found = files.parsed(file.read_text()) if file.exists() else None
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read: {error}; delete it, and the same command writes it anew"

@@ -5,6 +5,9 @@ import io
 
 import numpy as np
 
+# What a header may claim, before memory is taken for the pixels: photographs have some hundred pixels a byte at most.
+# PIL itself refuses more than 179 million.
+SMALL, DENSEST = 2**24, 1000
 JPEG = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as some phones write; the first is the photograph
 
 
@@ -46,7 +49,10 @@ def _decode_bytes(data: bytes, target: int, box) -> np.ndarray:
     try:
         # Only the header is read here: 0.05 ms. It decides who decodes.
         header = Image.open(io.BytesIO(data))
+        _check(header.size, len(data))
         turned = header.getexif().get(0x0112, 1)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage(f"{len(data):,} bytes that are no image of a known format" if data else "empty") from None
     except Exception as error:
@@ -74,6 +80,13 @@ def _decode_bytes(data: bytes, target: int, box) -> np.ndarray:
     if not box:
         return pixels
     return _part(pixels, where or box(*pixels.shape[:2]), shrink)
+
+
+def _check(size: tuple[int, int], length: int) -> None:
+    """Raises BadImage for a picture that so few bytes cannot be."""
+    width, height = size
+    if width * height > max(SMALL, length * DENSEST):
+        raise BadImage(f"claims {width:,} × {height:,} pixels in {length:,} bytes: no photograph")
 
 
 def _opencv_reads(header, data: bytes, turned: int) -> bool:
