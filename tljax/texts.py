@@ -163,8 +163,10 @@ def beside(source: str) -> tuple[str | None, int | None]:
                 return ("quick_gelu" if found["model_cfg"].get("quick_gelu") else "gelu"), None
             if "text_config" in found:
                 text = found["text_config"]
-                end = text.get("eos_token_id", 2)
-                return text.get("hidden_act", "quick_gelu"), end if isinstance(end, int) and end != 2 else None
+                end, activation = text.get("eos_token_id", 2), text.get("hidden_act", "quick_gelu")
+                if not isinstance(activation, str):
+                    raise ValueError(f"hidden_act is {str(activation)[:40]}, expected a name")
+                return activation, end if isinstance(end, int) and end != 2 else None
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: {error}") from None
     return None, None

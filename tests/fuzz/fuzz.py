@@ -158,11 +158,9 @@ def worker(names: list[str], seed: int, start: int, inputs: int, seconds: float,
             # Independent of all inputs before it, so that any one can be made again.
             case = case_of(target, seeds, Random(f"{name} {seed} {count}"))
             put(place, case)
-            kept = case
             found = outcome(target, place)
             if found[0]:
-                put(place, kept)  # reading may have written
-                keep(folder / "found" / name, found[0], kept)
+                keep(folder / "found" / name, found[0], case)
                 report(name, count, *found)
             done += 1
         print(json.dumps({"reader": name, "done": done, "seconds": time.time() - began}), flush=True)

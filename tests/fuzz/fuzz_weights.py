@@ -54,7 +54,8 @@ def _pth() -> list[Case]:
                 del sys.modules[name]
             else:
                 sys.modules[name] = value
-    return [{"w.pth": file} for file in [*files, broken]]
+    whole = [m.archived(m.members(file)) if file.startswith(b"PK") else file for file in [*files, broken]]
+    return [{"w.pth": file} for file in whole]
 
 
 def _weights(folder: Path) -> None:

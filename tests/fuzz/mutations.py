@@ -178,35 +178,45 @@ def zipped(inner: Callable[[str], tuple[Mutation, ...]]) -> Mutation:
 
     def mutate(data: bytes, rng: Random) -> bytes:
         try:
-            with zipfile.ZipFile(io.BytesIO(data)) as opened:
-                members = [(info.filename, opened.read(info), info.compress_type) for info in opened.infolist()]
+            held = members(data)
         except Exception:
             return flip(data, rng)
-        if not members:
+        if not held:
             return flip(data, rng)
-        at, way = rng.randrange(len(members)), rng.randrange(10)
-        name, content, kind = members[at]
+        at, way = rng.randrange(len(held)), rng.randrange(10)
+        name, content, kind = held[at]
         if way == 0:
-            del members[at]
+            del held[at]
         elif way == 1:
-            members[at] = (rng.choice((name + "x", "../" + name, members[0][0], "data.pkl", "é.npy")), content, kind)
+            held[at] = (rng.choice((name + "x", "../" + name, held[0][0], "data.pkl", "é.npy")), content, kind)
         elif way == 2:
-            members[at] = (name, content, rng.choice((0, 8, 12, 14)))
+            held[at] = (name, content, rng.choice((0, 8, 12, 14)))
         elif way == 3:
-            members.append(members[at])
+            held.append(held[at])
         elif way == 4:
-            members[at] = (name, bytes(1 << 22), 8)
+            held[at] = (name, bytes(1 << 22), 8)
         else:
-            members[at] = (name, some(content, rng, inner(name)), kind)
-        out = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with zipfile.ZipFile(out, "w") as archive:
-                for name, content, kind in members:
-                    archive.writestr(name, content, kind)
-        return out.getvalue()
+            held[at] = (name, some(content, rng, inner(name)), kind)
+        return archived(held)
 
     return mutate
+
+
+def archived(members: list[tuple[str, bytes, int]]) -> bytes:
+    """A zip archive of (name, content, compression), without the time, so that it is the same each time."""
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(out, "w") as archive:
+            for name, content, kind in members:
+                archive.writestr(zipfile.ZipInfo(name), content, kind)
+    return out.getvalue()
+
+
+def members(data: bytes) -> list[tuple[str, bytes, int]]:
+    """The inverse of `archived`."""
+    with zipfile.ZipFile(io.BytesIO(data)) as opened:
+        return [(info.filename, opened.read(info), info.compress_type) for info in opened.infolist()]
 
 
 def gzipped(inner: tuple[Mutation, ...]) -> Mutation:
@@ -217,8 +227,8 @@ def gzipped(inner: tuple[Mutation, ...]) -> Mutation:
             content = gzip.decompress(data)
         except (OSError, EOFError, zlib.error):
             return flip(data, rng)
-        if rng.random() < 0.02:
-            content += b"x" * (1 << 26)
+        if rng.random() < 0.01:
+            content += b"x" * (1 << 24)
         return gzip.compress(some(content, rng, inner), 1, mtime=0)
 
     return mutate
