@@ -21,10 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from tljax import checksums
+from tljax import checksums, stores
 from tljax.agreement import first_said
 from tljax.errors import UserError, listing
 from tljax.plan import flat
+from tljax.staging import Staging
 
 Tree = Any
 CENTURY = 100 * 365 * 24 * 3600  # seconds
@@ -60,13 +61,22 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, create: bool = True):
         self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
+        self.staging = None
+        place, self.failures = self.folder, (OSError, ValueError)
+        if stores.is_remote(self.folder):
+            self.failures = (Exception,)  # a store's library raises any kind
+            if not self.folder.startswith("gs://"):  # the one that orbax and tensorstore write to
+                self.staging = Staging(self.folder, create)
+                place = self.staging.near
+        else:
+            place = os.path.abspath(self.folder)
         # Of several processes one may hang: then the others end.
         patience = {} if jax.process_count() > 1 else {"timeout_secs": CENTURY}
         try:
-            if create:
+            if create and not stores.is_remote(self.folder):
                 os.makedirs(self.folder, exist_ok=True)
             self.manager = ocp.CheckpointManager(
-                os.path.abspath(self.folder),
+                place,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self.policy,
                     create=create,
@@ -105,21 +115,32 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(proven))
         self.policy.best = best
         try:
+            if self.staging:
+                self.staging.wait()
             self.manager.save(step, args=args)
-        except (OSError, ValueError) as error:  # also those of the save before this one
+            if self.staging:
+                self.manager.wait_until_finished()
+                self.staging.push()
+        except self.failures as error:  # also those of the save before this one
             raise UserError(self._failed(error)) from error
 
     def wait(self) -> None:
         """Returns when every save is on disk."""
         try:
             self.manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+            if self.staging:
+                self.staging.wait()
+        except self.failures as error:
             raise UserError(self._failed(error)) from error
 
     def _failed(self, error: Exception) -> str:
         # From the disk: orbax counts the one that failed as well.
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        whole = sorted(int(name) for name in names if name.isdigit())
+        whole: list[int] = []
+        if self.staging:
+            with contextlib.suppress(Exception):  # the store that has just failed
+                whole = self.staging.steps()
+        elif not stores.is_remote(self.folder) and os.path.isdir(self.folder):
+            whole = sorted(int(name) for name in os.listdir(self.folder) if name.isdigit())
         left = f"; the last whole one is of step {whole[-1]}" if whole else ""
         return f"cannot write a checkpoint to {self.folder}: {_short(error)}{left}"
 
@@ -145,24 +166,24 @@ class Checkpoints:
 
     def set_aside(self, steps: list[int]) -> str:
         """Gets checkpoints out of the way; returns where they are now. What was there before goes."""
-        folder = self.manager.directory
+        folder, remote = self.manager.directory, stores.is_remote(self.folder)
         aside, line = folder.parent / f"{folder.name}-damaged", ""
         if jax.process_index() == 0:
             try:
                 if aside.exists():
                     aside.rmtree()
                 for step in steps:
-                    if "://" in str(folder):  # where nothing can be renamed
+                    if remote:  # where nothing can be renamed
                         (folder / str(step)).rmtree()
                     else:
                         aside.mkdir(exist_ok=True)
                         (folder / str(step)).rename(aside / str(step))
-            except OSError as error:
-                line = f"cannot move damaged checkpoints to {aside}: {error.strerror or error}"
+            except self.failures as error:
+                line = f"cannot move damaged checkpoints to {aside}: {_short(error)}"
         if line := first_said(line):
             raise UserError(line)
         self.manager.reload()
-        return "deleted" if "://" in str(folder) else f"moved to {aside}"
+        return "deleted" if remote else f"moved to {aside}"
 
     def _place(self, step: int, item: str):
         # The handlers read without the manager, and so without its barriers, at which the other processes would wait
@@ -209,6 +230,8 @@ class Checkpoints:
         """Waits, and ends orbax's threads."""
         self.wait()
         self.manager.close()
+        if self.staging:
+            self.staging.close()
 
 
 def _short(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from tljax import claims
+from tljax import claims, stores
 from tljax.agreement import first_said
 from tljax.errors import UserError
 
@@ -34,7 +34,7 @@ class Lock(contextlib.AbstractContextManager):
 
         In a store (gs://, s3://) nothing is locked.
         """
-        if "://" in os.fspath(self.path):
+        if stores.is_remote(self.path):
             return
         states = self._states(say) if jax.process_index() == 0 else iter(lambda: "", None)
         while (state := first_said(next(states))) == WAIT:
