@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -167,3 +168,21 @@ def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / lock.FOLDER).write_text("")
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: "):
         Lock(tmp_path).take()
+
+
+def test_a_terminated_process_leaves_its_workdir(tmp_path, monkeypatch):
+    """At its beginning and its end, when nothing waits for the signal: another machine need not wait for it."""
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *how: killed.append((how, signal.getsignal(signal.SIGTERM))))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        own = Lock(tmp_path)
+        own.take()
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [((os.getpid(), signal.SIGTERM), signal.SIG_DFL)]
+        assert names(tmp_path) == ["claim-0001", "claim-0001.left"]
+        with Lock(tmp_path) as own:
+            own.take()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from tljax import delta
+from tljax.agreement import first_said
 from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError, listing
 from tljax.parallel import Layout
@@ -40,7 +41,9 @@ class Keeper:
         UserError, and leaves all as it is, where none is whole.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(self.checkpoints.steps()):
+        # Another machine may see a shared folder as it was a moment ago.
+        steps = first_said(" ".join(map(str, self.checkpoints.steps()))).split()
+        for step in reversed([int(step) for step in steps]):
             try:
                 found = read(step)
             except Damaged as error:

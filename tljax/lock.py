@@ -7,6 +7,8 @@ who has been killed is in nobody's way for longer than `claims.STALE`.
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ class Lock(contextlib.AbstractContextManager):
     def __init__(self, workdir: str | os.PathLike):
         self.path = workdir
         self.claim: claims.Claim | None = None
+        self._handler = None  # of SIGTERM, before
 
     def take(self, say: Callable[[str], None] = print) -> None:
         """Makes this run the workdir's. Raises UserError, in all processes, that names the run which is in it.
@@ -41,6 +44,11 @@ class Lock(contextlib.AbstractContextManager):
             pass
         if state != TAKEN:
             raise UserError(state)
+        # Where nothing else takes SIGTERM (`tljax.termination`, of several processes JAX) it ends the process, which
+        # on another machine would seem to live for a while.
+        ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._handler = signal.signal(signal.SIGTERM, self._terminated)
 
     def check(self) -> None:
         """Raises UserError where another run has taken the workdir over, as this one seemed dead."""
@@ -48,7 +56,14 @@ class Lock(contextlib.AbstractContextManager):
             found = claims.holder(self.claim.path.parent) or {}
             raise UserError(f"{self._in_use(found)}; it took this one for dead")
 
+    def _terminated(self, number, _):
+        self.__exit__()
+        os.kill(os.getpid(), number)
+
     def __exit__(self, *_):
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
         if self.claim:
             self.claim.__exit__()
             self.claim = None

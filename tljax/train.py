@@ -98,6 +98,7 @@ class Run:
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
         self.lock.take(self.console.print)
+        self.workdir.claim(config)  # again: two may have come at once
         with self.clock("model"):
             table = experiment.plan_table(self.exp)
         self.workdir.write("plan.txt", f"{table}\n")
