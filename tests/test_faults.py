@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import changed
+from conftest import changed, script
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_launch import ended, launch
 
@@ -21,6 +22,7 @@ from tljax import checksums, train
 from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError
 from tljax.keeper import Keeper
+from tljax.lock import Lock
 from tljax.workdir import Workdir
 
 RNG = np.random.default_rng(0)
@@ -268,16 +270,85 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, trained, t
     assert 0 < summary["first_step_seconds"] < 1000
 
 
+# One of two processes: it saves or restores a state of which each holds a part, or takes the workdir.
+ONE_OF_TWO = """
+import pathlib, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tljax import parallel
+from tljax.checkpoint import Checkpoints
+from tljax.errors import UserError
+from tljax.lock import Lock
+parallel.start()
+path, doing = pathlib.Path(sys.argv[1]), sys.argv[2]
+value = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
+mesh = Mesh(np.array(jax.devices()), ("x",))
+laid = lambda *spec: jax.make_array_from_callback(
+    value.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda index: value[index])
+state = {"laid": laid("x"), "whole": laid()}
+try:
+    if doing == "lock":
+        Lock(path).take()
+    else:
+        checkpoints = Checkpoints(path / "checkpoints")
+        if doing == "save":
+            checkpoints.save(1, state, {"step": 1})
+        else:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            restored = checkpoints.restore(1, like)
+            for name in state:
+                for a, b in zip(restored[name].addressable_shards, state[name].addressable_shards):
+                    assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
+        checkpoints.close()
+    print("done")
+except UserError as error:
+    print(error)
+"""
+
+
+def two(path: Path, doing: str) -> list[str]:
+    """The line that each of two processes says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    started = [script(ONE_OF_TWO, str(path), doing, devices=2, JAX_PROCESS_ID=str(i), **environment) for i in range(2)]
+    said = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return [out.splitlines()[-1] for out, _ in said]
+
+
 @pytest.mark.slow
-def test_two_processes_agree_on_the_checkpoint_before_a_damaged_one(tiny, tmp_path):
-    """Whichever of them meets the damage: it is in values that only one reads, and in what both read."""
-    fields = changed(tiny, tmp_path / "run", parallel_fsdp=4, model="groupnorm_tiny", strategy="full()")
+def test_what_one_of_two_processes_meets_all_say(tmp_path):
+    assert two(tmp_path, "save") == ["done"] * 2
+    assert two(tmp_path, "restore") == ["done"] * 2
+    # Saved by two processes, read by one.
+    x = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
+    like = {name: jax.ShapeDtypeStruct((64, 48), np.float32) for name in ("laid", "whole")}
+    restored = Checkpoints(tmp_path / "checkpoints", create=False).restore(1, like)
+    assert all(np.asarray(value).tobytes() == x.tobytes() for value in restored.values())
+
+    parts = (tmp_path / "checkpoints/1/state/ocdbt.process_1").rglob("d/*")
+    flipped(max(parts, key=lambda file: file.stat().st_size), 999)
+    said = two(tmp_path, "restore")
+    assert said[0] == said[1]
+    assert f"{tmp_path}/checkpoints/1 is damaged: " in said[0]
+
+    assert two(tmp_path, "lock") == ["done"] * 2
+    with Lock(tmp_path) as own:
+        own.take()
+        said = two(tmp_path, "lock")
+    assert said[0] == said[1]
+    assert said[0].startswith(f"another run is in {tmp_path}: process {os.getpid()} on ")
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, tmp_path):
+    fields = changed(tiny, tmp_path / "run")
     ended(launch(*fields))
     whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    for damaged in (values_of(tmp_path / "run/checkpoints/24"), tmp_path / "run/checkpoints/24/notes/metadata"):
-        (tmp_path / "run/summary.json").unlink()
-        flipped(damaged, 999)
-        out, err = ended(launch(*fields))
-        assert err == ""
-        assert out.count("the run goes on from step 18\n") == 1
-        assert ended_as(tmp_path / "run", whole)
+    (tmp_path / "run/summary.json").unlink()
+    flipped(tmp_path / "run/checkpoints/24/notes/metadata", 99)
+    out, err = ended(launch(*fields))
+    assert err == ""
+    assert out.count("the run goes on from step 18\n") == 1
+    assert ended_as(tmp_path / "run", whole)
