@@ -95,7 +95,7 @@ class Sweep:
 
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
-        begun = time.time()
+        begun = time.perf_counter()
         if self.folder.begun:
             self.folder.claim(self.config)
         done = self.folder.results()
@@ -106,7 +106,7 @@ class Sweep:
             for self.members in generations:
                 self.train(self.members)
         best = self.tables(last=True)
-        seconds = text.duration(time.time() - begun)
+        seconds = text.duration(time.perf_counter() - begun)
         missing = self.search.count(self.config) - len(self.folder.results())
         others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
         self.console.print(f"{best}; {seconds} in all{others}; everything is in {self.folder.path}")

@@ -31,6 +31,7 @@ from tljax.errors import UserError
 from tljax.evaluate import Evaluator
 from tljax.keeper import Keeper
 from tljax.leaks import lint
+from tljax.lock import Lock
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, numbers_of, part, whole
@@ -56,7 +57,8 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
-        self.clock = Clock(start=time.time() - STARTED)
+        self.lock = Lock(workdir.path)
+        self.clock = Clock(start=time.perf_counter() - STARTED)
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.waited = 0.0  # seconds for which the device had no batch, of those that training took
@@ -64,6 +66,11 @@ class Run:
 
     def train(self) -> int:
         """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
+        with self.lock:
+            return self.work()
+
+    def work(self) -> int:
+        """What `train` does; from the moment at which it writes no other run may be in the workdir."""
         config = self.config
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
@@ -90,6 +97,8 @@ class Run:
             self.console.final(finished)
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
+        self.lock.take(self.console.print)
+        self.workdir.claim(config)  # again: two may have come at once
         with self.clock("model"):
             table = experiment.plan_table(self.exp)
         self.workdir.write("plan.txt", f"{table}\n")
@@ -97,10 +106,10 @@ class Run:
         self.console.plan(table)
 
         self.keeper = Keeper(self.workdir.path, self.layout)
-        latest = self.keeper.checkpoints.latest()
-        first = phases.index(self.phases, latest or 0)
         with self.clock("weights"):
-            state = self.begin() if latest is None else self.resume(latest)
+            state = self.keeper.newest(self.resume, self.console.print)
+            state = self.begin() if state is None else state
+        first = phases.index(self.phases, int(state.step))
         self.workdir.rewind(int(state.step))
         self.evaluate = Evaluator(self.exp, self.layout)
         with Termination() as self.termination:
@@ -239,6 +248,7 @@ class Run:
     def save(self, state: State) -> None:
         """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
+            self.lock.check()
             self.workdir.flush()
             self.keeper.save(state, self.plan)
 
@@ -304,7 +314,7 @@ class Run:
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     if self.first_step is None:
-                        self.first_step = round(time.time() - STARTED, 2)
+                        self.first_step = round(time.perf_counter() - STARTED, 2)
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
                     self.clock.add("first step", self.clock.tick() - begun)
                     begun, counted = self.clock.tick(), 0  # what follows is the steady pace
