@@ -16,7 +16,9 @@ bf16 = lambda x: x.astype(jnp.bfloat16)
 @pytest.mark.parametrize(
     ("function", "found"),
     [
-        (lambda t: bf16(t["kernel"]) @ bf16(t["kernel"]) + bf16(t["other"].T), {"kernel"}),
+        (lambda t: bf16(t["kernel"]) @ bf16(t["kernel"]) + bf16(t["other"] + 1), {"kernel"}),
+        (lambda t: bf16(t["kernel"].T[None, :2]) + bf16(t["other"].T)[:2], {"kernel", "other"}),  # rearranged
+        (lambda t: bf16(t["kernel"].T) + t["kernel"].reshape(2, 8)[0, 0], set()),
         (lambda t: bf16(t["kernel"]) + bf16(t["kernel"] * 2), set()),  # cast, and used
         (lambda t: (bf16(t["kernel"]).sum(), t["kernel"]), set()),  # cast, and a result
         (lambda t: jax.jit(lambda k: bf16(k).sum())(t["kernel"]), {"kernel"}),

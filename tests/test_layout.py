@@ -207,7 +207,7 @@ def test_a_run_goes_on_under_another_mesh(tiny, tmp_path, monkeypatch, capsys):
     for one in found[1:]:
         assert one["test"]["nll"] == pytest.approx(found[0]["test"]["nll"], rel=1e-3)
         assert one["frozen"] == found[0]["frozen"]
-    with pytest.raises(UserError, match="another config: parallel.frozen_dtype: '' → 'bfloat16'; give another"):
+    with pytest.raises(UserError, match=r"parallel\.frozen_dtype: '' → 'bfloat16'; give another"):
         train.main(changed(tiny, tmp_path, parallel_frozen_dtype="bfloat16", dtype="bfloat16"))
 
 

@@ -65,15 +65,22 @@ def cast_alone(function, tree: Tree, dtype: Any, *more: Any) -> frozenset[str]:
     return frozenset(cast - other)
 
 
+# What only rearranges values may as well come after the cast.
+_REARRANGE = ("reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "copy")
+
+
 def _uses(jaxpr, given: dict, dtype) -> tuple[set[str], set[str]]:
     """(what of the given is cast to the dtype somewhere, what is used otherwise somewhere)."""
-    cast, other = set(), {given[atom] for atom in _variables(jaxpr.outvars) if atom in given}
+    given, cast, other = dict(given), set(), set()
     for eqn in jaxpr.eqns:
         read = {atom: given[atom] for atom in _variables(eqn.invars) if atom in given}
         if not read:
             continue
         if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == dtype:
             cast |= set(read.values())
+            continue
+        if eqn.primitive.name in _REARRANGE:
+            given[eqn.outvars[0]] = given[eqn.invars[0]]
             continue
         bodies = _bodies(eqn)
         if not bodies:
@@ -83,7 +90,7 @@ def _uses(jaxpr, given: dict, dtype) -> tuple[set[str], set[str]]:
             within = {var: read[atom] for var, atom in pairs if not isinstance(atom, Literal) and atom in read}
             more, others = _uses(body, within, dtype)
             cast, other = cast | more, other | others
-    return cast, other
+    return cast, other | {given[atom] for atom in _variables(jaxpr.outvars) if atom in given}
 
 
 def _variables(atoms) -> list:
