@@ -136,7 +136,7 @@ class Run:
         weights = [f"{card.name}: {card.trained_on}, licence {card.licence}", card.note] if card else ["none: random"]
         self.console.header(
             {
-                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.config.parallel.mode})",
+                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.layout})",
                 "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
                 "weights": list(filter(None, weights)),
                 "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
