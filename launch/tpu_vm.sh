@@ -106,19 +106,19 @@ if [ -n "$DRY_RUN" ]; then
 fi
 
 trap 'rm -rf "$scratch"; echo "the slice $NAME may still cost: \`$0 down\` deletes it, the same command goes on" >&2' EXIT
-failed=0 installed=
+failed=0 installed='' ran=''
 while true; do
   found=$(state)
   case $found in
-    "") create; installed= ;;
-    SUSPENDED) echo "$NAME is preempted: queued again" >&2; delete; installed= ;;
-    FAILED) tpus queued-resources describe "$NAME" >&2 || true; delete; code=1; break ;;
+    "") create; installed='' ;;
+    SUSPENDED) echo "$NAME is preempted: queued again" >&2; delete; installed='' ;;
+    FAILED) tpus queued-resources describe "$NAME" >&2 || true; code=1; break ;;
     ACTIVE)
       code=0
       if [ -z "$installed" ]; then
         if install; then installed=1; else code=1; fi
       fi
-      if [ -n "$installed" ]; then train "$@" || code=$?; fi
+      if [ -n "$installed" ]; then ran=1; train "$@" || code=$?; fi
       if ((code == 0 || code == 2)); then break; fi
       echo "exit code $code" >&2
       sleep "$POLL"
@@ -127,7 +127,7 @@ while true; do
     *) echo "$NAME: $found" >&2; sleep "$POLL" ;;
   esac
 done
-bring_back || echo "error: $run could not be brought back; it is still there" >&2
+[ -z "$ran" ] || bring_back || echo "error: $run could not be brought back; it is still there" >&2
 delete
 trap 'rm -rf "$scratch"' EXIT
 exit "$code"
