@@ -16,7 +16,7 @@
 # Of the run's exit codes 0 and 2 (a mistake of the user's) end it. After 143 (saved) it starts again at once, or on the
 # next slice where this one is preempted. Anything else may fail RETRIES times while the slice is healthy.
 set -euo pipefail
-NAME=${NAME:-tljax} SPOT=${SPOT:-} EXTRAS=${EXTRAS:-demo} RETRIES=${RETRIES:-3} POLL=${POLL:-30} DRY_RUN=${DRY_RUN:-}
+NAME=${NAME:-tljax} SPOT=${SPOT:-} EXTRAS=${EXTRAS:-demo,gcs} RETRIES=${RETRIES:-3} POLL=${POLL:-30} DRY_RUN=${DRY_RUN:-}
 
 required=(PROJECT ZONE)
 [ "${1:-}" = down ] || required+=(ACCELERATOR BUCKET)

@@ -124,13 +124,13 @@ def test_skypilot_gets_tpus_or_gpus_and_recovers_from_143_alone(dry):
         "accelerators": "A100:8", "infra": "aws/us-west-2", "use_spot": True,
         "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [143]},
     }  # fmt: skip
-    assert "jax[cuda12]" in found["setup"]
+    assert '"jax[cuda12]" -e ".[demo,s3]"' in found["setup"]
     last = shlex.split(found["run"].splitlines()[-1])
     assert last[1:] == ["-m", "tljax.train", CONFIG, "--config.seed=3", f"--workdir=s3://abc/d/{found['name']}"]
     assert any(line.startswith("bring it back: aws s3 sync s3://abc/d/") for line in comments)
     tpu = loaded(dry("skypilot", "--accelerators=tpu-v6e-8", "--bucket=gs://abc")[1])
     assert tpu["resources"]["accelerator_args"] == {"runtime_version": "v2-alpha-tpuv6e"}
-    assert "jax[tpu]" in tpu["setup"]
+    assert '"jax[tpu]" -e ".[demo,gcs]"' in tpu["setup"]
 
 
 @pytest.mark.parametrize("name", ["GPUs", "TPUs"])

@@ -97,9 +97,9 @@ PROJECT = Setting(
 )
 ZONE = Setting("the zone, as us-west4-a", None, matching(r"[a-z]+-[a-z]+\d+-[a-z]+\d?", "a zone, as us-west4-a"))
 EXTRAS = Setting(
-    "the package's extras that the run needs, as demo,hf",
+    "the package's extras that the run needs, beside those of its bucket",
     "demo",
-    matching(r"[a-z]+(,[a-z]+)*", "names of extras, as demo,hf"),
+    matching(r"[a-z0-9]+(,[a-z0-9]+)*", "names of extras, as demo,hf"),
 )
 SPOT = Setting("machines that cost less and may be taken away", "false", yes)
 TPU = Setting("a TPU slice, as v5litepod-16", None, accelerators.tpu)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tljax.errors import UserError, listing, nearest
-from tljax.launch import accelerators, templates
+from tljax.errors import UserError
+from tljax.launch import accelerators, machines, templates
 from tljax.launch.settings import (  # readers
     EXTRAS,
     IMAGE,
@@ -98,7 +97,7 @@ def _tpu_vm(given: Mapping[str, Any], run: Run) -> Plan:
     environment = {
         "PROJECT": given["project"], "ZONE": given["zone"], "ACCELERATOR": tpu.type, "RUNTIME": given["runtime"],
         "SPOT": "1" if given["spot"] else "", "BUCKET": given["bucket"], "NAME": run.name, "WORKDIR": run.workdir,
-        "EXTRAS": given["extras"],
+        "EXTRAS": _extras(given),
     }  # fmt: skip
     environment = {name: value for name, value in environment.items() if value}
     script = str(templates.source("tpu_vm") / "launch" / "tpu_vm.sh")
@@ -115,7 +114,7 @@ def _skypilot(given: Mapping[str, Any], run: Run) -> Plan:
     far = f"{given['bucket']}/{run.name}"
     plan = _manifest("skypilot.yaml", run, {
         "ACCELERATORS": asked, "INFRA": given["infra"], "NODES": given["nodes"], "SPOT": given["spot"],
-        "SOURCE": templates.source("skypilot"), "EXTRAS": given["extras"],
+        "SOURCE": templates.source("skypilot"), "EXTRAS": _extras(given),
         "PLATFORM": "tpu" if asked.startswith("tpu-") else "cuda12",
         "RUNTIME": accelerators.tpu(asked[4:]).runtime if asked.startswith("tpu-") else "",
         "ARGUMENTS": shlex.join((*run.arguments, f"--workdir={far}")),
@@ -158,7 +157,7 @@ def _jobset(given: Mapping[str, Any], run: Run) -> Plan:
 
 
 def _ray(given: Mapping[str, Any], run: Run) -> Plan:
-    machine, gpus = given["machine"], _gpus(given["machine"])
+    machine, gpus = given["machine"], machines.gpus(given["machine"])
     if gpus and not given["image"]:
         raise UserError(f"--image is missing: {machine} has a GPU, and needs an image with NVIDIA's driver")
     plan = _manifest("ray_cluster.yaml", run, {
@@ -209,6 +208,13 @@ def _manifest(name: str, run: Run, values: Mapping[str, Any]) -> Plan:
     return Plan([], "", file=Path(f"{run.workdir.rstrip('/')}.{name}"), manifest=text)
 
 
+def _extras(given: Mapping[str, Any]) -> str:
+    """The package's extras, that of the bucket with them."""
+    extras = given["extras"].split(",")
+    bucket = "gcs" if given["bucket"].startswith("gs://") else "s3"
+    return ",".join(extras + [bucket] * (bucket not in extras))
+
+
 def _slice(tpu: accelerators.Slice, spot: bool) -> str:
     return f"{tpu.type} ({tpu.chips} chips, {tpu.topology}), {'spot' if spot else 'on demand'}"
 
@@ -223,28 +229,6 @@ def _copy(far: str, near: str) -> str:
     if far.startswith("gs://"):
         return shlex.join(("gcloud", "storage", "rsync", "--recursive", far, near))
     return shlex.join(("aws", "s3", "sync", far, near))
-
-
-GPU_MACHINES = {"a2": r"\w+gpu-\d+g", "a3": r"\w+gpu-\d+g", "a4": r"\w+gpu-\d+g", "g2": r"standard-\d+"}
-MACHINES = ("c2", "c2d", "c3", "c3d", "c4", "c4a", "c4d", "e2", "h3", "m1", "m2", "m3", "n1", "n2", "n2d", "n4", "t2d")
-
-
-def _machine(text: str) -> str:
-    family, _, rest = text.partition("-")
-    if family in GPU_MACHINES and re.fullmatch(GPU_MACHINES[family], rest):
-        return text
-    if family in MACHINES and re.fullmatch(r"(standard|highcpu|highmem|megamem|ultramem)-\d+", rest):
-        return text
-    known = [f"{f}-standard-8" for f in (*MACHINES, "g2")] + [f"{f}-highgpu-8g" for f in ("a2", "a3", "a4")]
-    raise UserError(f"unknown machine type {text!r}{nearest(text, known) or f'; there are: {listing(known)}'}")
-
-
-def _gpus(machine: str) -> int:
-    """The GPUs that come with a machine type."""
-    found = re.fullmatch(r"a\d-\w+-(\d+)g", machine)
-    if found:
-        return int(found[1])
-    return {"24": 2, "48": 4, "96": 8}.get(machine.rpartition("-")[2], 1) if machine.startswith("g2-") else 0
 
 
 TIME = matching(r"(\d+-)?\d+:\d\d:\d\d", "[days-]hours:minutes:seconds")
@@ -288,7 +272,7 @@ TARGETS = {
     }, _jobset, takes_source=False),
     "ray": Target({
         "project": PROJECT, "zone": ZONE, "spot": SPOT,
-        "machine": Setting("the workers' machine type, as n2-standard-8 or g2-standard-8", "n2-standard-8", _machine),
+        "machine": Setting("the workers' machine type, as n2-standard-8 or g2-standard-8", "n2-standard-8", machines.machine),
         "workers": Setting("worker machines", "4", number), "extras": EXTRAS,
         "image": Setting("the machines' image (default: Ubuntu 22.04)", read=matching(
             r"projects/[\w/.-]+", "an image, as projects/PROJECT/global/images/family/FAMILY")),
@@ -296,6 +280,7 @@ TARGETS = {
     "docker": Target({
         "platform": Setting("cpu, cuda12, cuda13 or tpu", "cpu", one_of("cpu", "cuda12", "cuda13", "tpu")),
         "image": Setting("its name, as REGISTRY/NAME:TAG (default: tljax:PLATFORM)", read=IMAGE),
-        "push": Setting("put it into its registry instead of running it", "false", yes), "extras": EXTRAS,
+        "push": Setting("put it into its registry instead of running it", "false", yes),
+        "extras": dataclasses.replace(EXTRAS, default="demo,gcs,s3"),
     }, _docker),
 }  # fmt: skip
