@@ -272,7 +272,7 @@ TARGETS = {
     }, _jobset, takes_source=False),
     "ray": Target({
         "project": PROJECT, "zone": ZONE, "spot": SPOT,
-        "machine": Setting("the workers' machine type, as n2-standard-8 or g2-standard-8", "n2-standard-8", machines.machine),
+        "machine": Setting("of the workers, as n2-standard-8 or g2-standard-8", "n2-standard-8", machines.machine),
         "workers": Setting("worker machines", "4", number), "extras": EXTRAS,
         "image": Setting("the machines' image (default: Ubuntu 22.04)", read=matching(
             r"projects/[\w/.-]+", "an image, as projects/PROJECT/global/images/family/FAMILY")),
