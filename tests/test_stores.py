@@ -181,7 +181,7 @@ def test_a_checkpoint_that_does_not_arrive(held):
     assert Checkpoints(place).steps() == [1]  # what was left here goes: the store is right
 
 
-def test_what_was_damaged_in_the_store_is_not_read(held, capsys):
+def test_what_was_damaged_in_the_store_is_not_read(held):
     place = "s3://bucket/a/checkpoints"
     checkpoints = Checkpoints(place)
     checkpoints.save(1, state(1), {}, best=None)
