@@ -253,6 +253,15 @@ def _gpus() -> list[str]:
     return gpus()
 
 
+def meet() -> None:
+    """Returns when all processes have come here: what they do together for the first time waits 30 s on CPUs, no more.
+
+    They compile each on its own, and one may have to while the others find theirs in the compilation cache.
+    """
+    if _roll is not None:
+        _roll.meet()
+
+
 def alone(what: str) -> None:
     """Before the first use of a device, by a command for one process. Raises UserError where it is one of several."""
     from tljax import parallel

@@ -180,6 +180,7 @@ class Roll:
     def __init__(self, index: int, names: dict[int, str], connections: dict[int, socket.socket]):
         self.index, self.names, self.connections = index, names, connections
         self.lock = threading.Lock()  # held by who ends this process
+        self.meeting, self.arrived, self.over = 0, {}, threading.Condition()
         self.selector = selectors.DefaultSelector()
         for peer, connection in connections.items():
             connection.settimeout(5.0)
@@ -197,8 +198,10 @@ class Roll:
                     message = _receive(key.fileobj)
                 except (OSError, ValueError):
                     message = {"gone": key.data, "name": self.names[key.data]}
-                if message.get("left"):
+                if "left" in message:
                     self.selector.unregister(key.fileobj)
+                elif "at" in message:
+                    self._arrive(message["at"], message["process"])
                 elif "gone" in message:
                     who = f"process {message['gone']} ({message['name']})"
                     self._end(RESTART, message, f"{who} is gone; {AGAIN}")
@@ -207,6 +210,28 @@ class Roll:
                     if message["code"] != 2:
                         line = f"process {message['failed']} has failed, as its log tells: {line}"
                     self._end(message["code"], message, line)
+
+    def meet(self) -> None:
+        """Returns when all processes have called it as often as this one."""
+        self.meeting += 1
+        if self.index:
+            _send(self.connections[0], {"at": self.meeting, "process": self.index})
+        else:
+            self._arrive(self.meeting, 0)
+        with self.over:
+            self.over.wait_for(lambda: self.arrived.get(self.meeting) == "all")
+
+    def _arrive(self, meeting: int, process: int) -> None:
+        """A process has come to a meeting: of which process 0 knows, the others learn from it that all have come."""
+        with self.over:
+            there = self.arrived.setdefault(meeting, set())
+            there.add(process)
+            if self.index or len(there) == len(self.names):
+                self.arrived[meeting] = "all"
+                self.over.notify_all()
+                for connection in self.connections.values() if self.index == 0 else ():
+                    with contextlib.suppress(OSError):  # the watch tells of it
+                        _send(connection, {"at": meeting, "process": 0})
 
     def _end(self, code: int, message: dict, line: str) -> None:
         """Says why, passes it on, and exits."""
@@ -236,7 +261,7 @@ class Roll:
         self._tell({"failed": self.index, "code": code, "line": line})
 
     def leave(self) -> None:
-        """Tells the others that this process has done its work. It goes on listening to them until it has ended."""
+        """Tells the others that this process has done its work; it listens to them until it has ended."""
         for connection in self.connections.values():
             _send(connection, {"left": self.index})
 

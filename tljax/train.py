@@ -197,9 +197,11 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
+        cluster.meet()
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
+        cluster.meet()
         return state
 
     def keep_features(self, state: State) -> None:
