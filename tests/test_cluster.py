@@ -13,9 +13,9 @@ import pytest
 from conftest import script
 from tiny import get_config
 
-from tljax import cluster, hosts, relay, roll
-from tljax.cluster import Place
+from tljax import hosts, places, relay, roll
 from tljax.errors import UserError
+from tljax.places import Place
 
 SLURM = {  # as srun gives it to the third of five tasks on two nodes
     "SLURM_JOB_ID": "4242", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
@@ -34,29 +34,29 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "2", "JA
 
 
 def test_places_are_found_in_what_launchers_give():
-    found = cluster.find(environ=SLURM)
+    found = places.find(environ=SLURM)
     assert found == Place(2, 5, found.address, "SLURM", local=0, beside=3)
     assert found.address.startswith("gpu07:")
-    assert cluster.find(environ=SLURM | {"SLURM_PROCID": "0"}).address == found.address
-    assert cluster.find(environ=SLURM | {"SLURM_STEP_ID": "1"}).address != found.address  # a step beside it
-    assert cluster.find(environ=SLURM | {"SLURM_TRES_PER_TASK": "cpu:2,gres/gpu:1"}).bound
-    found = cluster.find(environ=MPI)
+    assert places.find(environ=SLURM | {"SLURM_PROCID": "0"}).address == found.address
+    assert places.find(environ=SLURM | {"SLURM_STEP_ID": "1"}).address != found.address  # a step beside it
+    assert places.find(environ=SLURM | {"SLURM_TRES_PER_TASK": "cpu:2,gres/gpu:1"}).bound
+    found = places.find(environ=MPI)
     assert found == Place(3, 4, found.address, "Open MPI", local=1, beside=2)
     assert found.address.startswith("10.96.0.1:")
-    found = cluster.find(environ=SLICES)
+    found = places.find(environ=SLICES)
     assert (found.index, found.count, found.address) == (3, 4, "a-0.svc:8482")
-    found = cluster.find(environ=JAX)
+    found = places.find(environ=JAX)
     assert (found.index, found.count, found.address) == (1, 2, "10.0.0.1:1234")
     assert "JAX_PROCESS_ID" in found.said
 
 
 def test_flags_come_before_variables_and_those_before_launchers():
     flags = {"coordinator": "[::1]:99", "processes": "3", "process": "2", "join_timeout": "5"}
-    found = cluster.find(flags, SLURM | JAX)
+    found = places.find(flags, SLURM | JAX)
     assert (found.index, found.count, found.address) == (2, 3, "[::1]:99")
-    found = cluster.find({"coordinator": "head:99"}, SLURM)
+    found = places.find({"coordinator": "head:99"}, SLURM)
     assert (found.index, found.count, found.address, found.beside) == (2, 5, "head:99", 3)
-    assert cluster.find({"processes": "1"}, SLURM | JAX) is None
+    assert places.find({"processes": "1"}, SLURM | JAX) is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_flags_come_before_variables_and_those_before_launchers():
     ],
 )
 def test_who_is_alone_is_left_alone(environ):
-    assert cluster.find(environ=environ) is None
+    assert places.find(environ=environ) is None
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_who_is_alone_is_left_alone(environ):
 )  # fmt: skip
 def test_what_contradicts_itself_is_named(flags, environ, message):
     with pytest.raises(UserError) as error:
-        cluster.find(flags, environ)
+        places.find(flags, environ)
     assert str(error.value).startswith(message)
 
 
 def test_nodes_and_tasks_are_read_as_slurm_writes_them():
     names = ["a", "a,b", "n[3-7]", "n[003,9],m", "rack[1-2]-x,b", "a1,b[2-3]"]
-    assert [cluster.first_host(name) for name in names] == ["a", "a", "n3", "n003", "rack1-x", "a1"]
-    assert cluster._tasks("2(x3),1") == [2, 2, 2, 1]
+    assert [places.first_host(name) for name in names] == ["a", "a", "n3", "n003", "rack1-x", "a1"]
+    assert places._tasks("2(x3),1") == [2, 2, 2, 1]
 
 
 def test_processes_of_one_machine_share_its_gpus():
@@ -139,7 +139,7 @@ def test_a_cloud_tpu_vm_is_asked_for_its_neighbours(monkeypatch):
         monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
         for module in (cloud_tpu_init, cloud_tpu_cluster, jax_cluster):
             monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
-        found = cluster.find(environ={"TPU_LIBRARY_PATH": "/lib/libtpu.so"})
+        found = places.find(environ={"TPU_LIBRARY_PATH": "/lib/libtpu.so"})
         server.shutdown()
     assert (found.index, found.count, found.address) == (1, 2, "127.0.0.1:8482")
 
