@@ -353,6 +353,7 @@ def test_the_others_end_with_what_one_cannot_mend_and_not_with_what_is_done(addr
 
 def test_lines_carry_the_number_and_jaxs_page_becomes_one_line():
     page = (
+        "E1120 19:14:11.4 3187 coordination_service_agent.cc:289] Polled an error from coordination service\n"
         "F1120 18:35:20.1 25357 client.h:80] Terminating process because the JAX distributed service detected fatal "
         "errors. absl::Status: UNAVAILABLE\nRPC: PollForError\n*** Check failure stack trace: ***\n    @ 0x7fa0\n"
     )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 FATAL = re.compile(rb"F\d{4} .*Terminating process because the JAX distributed service")
+HEARD = re.compile(rb"[EW]\d{4} .* coordination_service_agent\.cc:\d+\] ")  # what comes before it
 GONE = b"error: another process is gone; start all processes again: the run goes on from its last checkpoint\n"
 
 
@@ -33,7 +34,7 @@ def main(mark: bytes) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends when there is nothing left to pass on
         signal.signal(number, signal.SIG_IGN)
     dying = told = False
-    for line in sys.stdin.buffer:
+    for line in filter(lambda line: not HEARD.match(line), sys.stdin.buffer):
         told |= line.startswith(b"error: ")
         dying |= bool(FATAL.match(line))
         if not dying or line.startswith(b"error: "):
