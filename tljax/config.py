@@ -217,6 +217,8 @@ def check(config: ConfigDict) -> None:
         duration(fields[field], 1.0, field)
     duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
     nbytes(fields["cache_limit"], "cache_limit")
+    if "://" in fields["cache_folder"]:
+        raise UserError(f"config.cache_folder = {fields['cache_folder']!r}: features are kept in a local folder")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
