@@ -1,6 +1,5 @@
 """Joining the processes of one run, and their end: the roll call (`tljax.roll`), then JAX's own runtime."""
 
-import contextlib
 import os
 import re
 import sys
@@ -129,5 +128,4 @@ def failed(code: int, line: str) -> None:
 def leave() -> None:
     """Is called by a process that has done its work: the others go on without it."""
     if _roll is not None:
-        with contextlib.suppress(OSError):
-            _roll.leave()
+        _roll.leave()

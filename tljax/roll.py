@@ -270,7 +270,8 @@ class Roll:
     def leave(self) -> None:
         """Tells the others that this process has done its work; it listens to them until it has ended."""
         for connection in self.connections.values():
-            _send(connection, {"left": self.index})
+            with contextlib.suppress(OSError):
+                _send(connection, {"left": self.index})
 
 
 def _send(connection: socket.socket, message: dict) -> None:
@@ -281,7 +282,7 @@ def _receive(connection: socket.socket) -> dict:
     """One line. Raises OSError or ValueError where none comes."""
     found = bytearray()
     while not found.endswith(b"\n"):
-        # Byte by byte beyond what is surely of this line: messages are rare, and none may be lost with a buffer.
+        # No more than this line is taken: what a buffer held, the selector would not know of.
         part = connection.recv(LINE, socket.MSG_PEEK)
         if not part or len(found) > LINE:
             raise ConnectionError("the connection has ended")
