@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int:
     cluster.join(flags, config, "tljax.evaluate")
     console = Console(enabled=jax.process_index() == 0)
     dataset = data.load(config.data)
+    cluster.meet(photographs=lambda: dataset.digest[:16])
     exp, layout, params, stats, notes = restore(workdir, flags.checkpoint)
     if tuple(notes["classes"]) != dataset.classes:
         raise UserError(f"the classes of {dataset.name} are not those that {workdir.path} was trained on")

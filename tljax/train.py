@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, cache, data, delta, ending, experiment, fisher, optim, parallel, phases, source
+from tljax import STARTED, cache, data, delta, ending, experiment, fisher, hosts, optim, parallel, phases, source
 from tljax import config as configs
 from tljax.clock import Clock
 from tljax.errors import UserError
@@ -76,6 +76,7 @@ class Run:
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
             self.dataset = data.load(config.data)
+            cluster.meet(photographs=lambda: self.dataset.digest[:16])
         if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
             field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
@@ -154,6 +155,7 @@ class Run:
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+            cluster.meet(loaded_weights=lambda: hosts.digest((params, stats), report.loaded))
         if self.config.head:
             self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
@@ -206,7 +208,7 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
-        cluster.meet()
+        cluster.meet(step=lambda: int(state.step))
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
