@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tljax import files
+
 STALE = 60.0  # seconds without a heartbeat, after which a holder counts as dead
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 POLL = 0.2  # seconds between two looks at what another process does
@@ -106,7 +108,10 @@ def succeed(folder: Path, number: int, stale: float = STALE) -> "Claim | None":
 def holder(folder: Path, stale: float = STALE) -> dict | None:
     """Who is at the work of a folder: {"worker", "host", "pid", "since", …}; None where nobody is."""
     newest = _newest(folder)
-    return None if not newest or _free(folder, newest, stale) else _read(folder / f"claim-{newest:04d}")[0]
+    if not newest or _free(folder, newest, stale):
+        return None
+    # A claim that is being written, or is damaged, does not say who.
+    return {"worker": "another worker", "since": "now"} | _read(folder / f"claim-{newest:04d}")[0]
 
 
 class Last(NamedTuple):
@@ -188,7 +193,7 @@ def _read(path: Path) -> tuple[dict, float]:
     with path.open() as file:
         touched = os.fstat(file.fileno()).st_mtime
         try:
-            found = json.load(file)
+            found = files.parsed(file.read())
         except ValueError:
             found = {}
     return found if isinstance(found, dict) else {}, touched
@@ -230,7 +235,7 @@ def _dead(found: dict) -> bool:
     """Whether a claim's process was on this machine and is no more."""
     try:
         return found["machine"] == _machine() and _born(found["pid"]) not in (found["born"], "alive")
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return False
 
 

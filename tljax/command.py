@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from tljax import stores
 from tljax.config import flatten
 from tljax.errors import UserError, nearest
 
@@ -139,6 +140,8 @@ def explained(error: Exception) -> str | None:
     if short or isinstance(error, MemoryError):
         where = _one_line(error)[:200]
         return f"out of memory: {where}; try a smaller config.batch_size or a larger config.optim.accumulate"
+    if stores.failed(error):
+        return f"a store cannot be read or written ({stores.explained(error, '')})"
     if type(error).__name__ == "JaxRuntimeError" and LOST.search(str(error)):
         return f"another process of this run is gone; start all of them again ({_one_line(error)[:200]})"
     return None

@@ -9,6 +9,7 @@ import re
 from ml_collections import ConfigDict
 
 from tljax.errors import UserError, listing, nearest, unknown
+from tljax.files import parsed
 
 
 def base(model: str = "efficientnet_lite0") -> ConfigDict:
@@ -161,7 +162,10 @@ def nbytes(value: str, field: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", value)
     if not match:
         raise UserError(f"config.{field} = {value!r}: expected a number of {listing(UNITS)}, as '4 GB'")
-    return round(float(match[1]) * UNITS[match[2]])
+    count = float(match[1]) * UNITS[match[2]]
+    if not count < 2**63:
+        raise UserError(f"config.{field} = {value!r}: expected fewer than 2**63 bytes")
+    return round(count)
 
 
 CHOICES = {
@@ -245,7 +249,7 @@ def from_json(text: str) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    return ConfigDict(tuples(parsed(text)))
 
 
 def digest(config: ConfigDict) -> str:
@@ -266,7 +270,8 @@ def call(text: str, functions: dict, kind: str):
     """
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    # Also of null bytes, and of what is nested too deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)") from None
 
     def value(node):
@@ -280,7 +285,7 @@ def call(text: str, functions: dict, kind: str):
             return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{kind} {text!r}: {ast.unparse(node)!r} is neither a call nor a value") from None
 
     def invoke(name, positional, named):

@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tljax import config as configs
-from tljax import stores
+from tljax import files, stores
 from tljax.errors import UserError, listing
 
 COPY_EVERY = 30.0  # seconds between two copies to a store of what has grown
@@ -96,8 +96,9 @@ class Workdir:
             lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                int(row["step"])
+                row = files.parsed(line)
+                if type(row["step"]) is not int:
+                    raise ValueError
                 rows.append(row)
             except (ValueError, TypeError, LookupError):
                 if number < len(lines):
@@ -177,7 +178,7 @@ class Workdir:
         try:
             with self._reading():
                 text = file.read_text() if file.exists() else "null"
-            found = json.loads(text)
+            found = files.parsed(text)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read: {error}; delete it, and the same command writes it anew"
