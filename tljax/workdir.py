@@ -44,7 +44,7 @@ class Workdir:
                 self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.json"
             if file.exists():
-                differing = configs.differences(self.config(), config)
+                differing = configs.differences(self.config(), config, but=configs.ELASTIC)
                 if differing:
                     raise UserError(
                         f"{self.path} holds a run with another config: {listing(differing)}; "
