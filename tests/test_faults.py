@@ -275,12 +275,11 @@ ONE_OF_TWO = """
 import pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tljax import parallel
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.lock import Lock
-parallel.start()
-path, doing = pathlib.Path(sys.argv[1]), sys.argv[2]
+path, doing, address, index = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(address, 2, int(index))
 value = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
 mesh = Mesh(np.array(jax.devices()), ("x",))
 laid = lambda *spec: jax.make_array_from_callback(
