@@ -164,7 +164,7 @@ def never_wrong(saved: Path, tmp_path: Path, times: int, seed: int) -> int:
 
 def test_a_damaged_checkpoint_is_noticed_or_does_no_harm(saved, tmp_path):
     """Some of orbax's files are not read again: whatever happens to them, what comes back is right."""
-    assert never_wrong(saved, tmp_path, times=12, seed=0) >= 3
+    assert never_wrong(saved, tmp_path, times=8, seed=0) >= 2
 
 
 @pytest.mark.slow
