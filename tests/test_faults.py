@@ -309,8 +309,8 @@ def two(path: Path, doing: str) -> list[str]:
     """The line that each of two processes says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    started = [script(ONE_OF_TWO, str(path), doing, devices=2, JAX_PROCESS_ID=str(i), **environment) for i in range(2)]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [script(ONE_OF_TWO, str(path), doing, address, str(i), devices=2) for i in range(2)]
     said = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     return [out.splitlines()[-1] for out, _ in said]
