@@ -231,7 +231,7 @@ def test_a_run_killed_fifty_times_at_random_moments_ends_as_one_never_stopped(ti
         left = [p for p in left if "orbax-checkpoint-tmp" not in p.parent.name]
         partial = list(features.rglob("*.tmp"))
         remains = max(remains, len(left) + len(partial))
-        assert len(list((killed / "checkpoints").glob("[0-9]*"))) <= 5
+        assert len(list((killed / "checkpoints").glob("[0-9]*"))) <= 6
     assert sum(kills.values()) >= 50, kills
     assert len(list(boundaries.iterdir())) == 2
     assert remains <= 3, "what kills leave has to be cleared away by the next start"
