@@ -71,8 +71,8 @@ def restore(workdir: Workdir, which: str = ""):
     last = checkpoints.latest()
     if last is None:
         raise UserError(f"{workdir.path} has no checkpoint yet")
-    best = checkpoints.notes(last)["best"]
-    step = best["step"] if which == "best" and best else last if which in ("best", "last") else which
+    best = checkpoints.notes(last)["best"] if which == "best" else None
+    step = best["step"] if best else last if which in ("best", "last") else which
     if step not in checkpoints.steps() and str(step) not in map(str, checkpoints.steps()):
         raise UserError(
             f"no checkpoint {step} in {workdir.path}; there are: {', '.join(map(str, checkpoints.steps()))}"
