@@ -14,9 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import command, script
+from conftest import command, launch, script
 from test_delta import weights_file
-from test_launch import launch
 
 from tljax import evaluate, plan, train
 from tljax.checkpoint import Checkpoints
