@@ -11,8 +11,8 @@ import fake_s3
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, command, script
-from test_launch import EXACT, assert_same, launch
+from conftest import TINY, command, launch, script
+from test_launch import EXACT, assert_same
 from test_resume import KILLED, end
 
 from tljax import command as command_line
@@ -164,6 +164,20 @@ def test_checkpoints_in_a_store(held, scheme, tmp_path):
     assert reading.steps() == [2, 4, 5]
     assert float(reading.restore(4, placed(like()))["params"]["w"][0]) == 4
     reading.close()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(held):
+    place = "gs://bucket/runs/a/checkpoints"
+    checkpoints = Checkpoints(place)
+    checkpoints.save(1, state(1), {}, best=None)
+    checkpoints.wait()
+    held["gs"].refused = "GET .*/o/runs/a/checkpoints/1/state/(d|ocdbt.process_0)/"
+    with pytest.raises(UserError, match=rf"^cannot read {place}/1: ") as caught:
+        checkpoints.restore(1, placed(like()))
+    assert not isinstance(caught.value, Damaged)
+    held["gs"].refused = ""
+    assert float(checkpoints.restore(1, placed(like()))["params"]["w"][0]) == 1
+    checkpoints.close()
 
 
 def test_a_checkpoint_that_does_not_arrive(held):

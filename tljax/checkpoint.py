@@ -207,6 +207,8 @@ class Checkpoints:
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax raises any kind, Exception itself among them
+            if stores.failed(error):  # nothing is known of the checkpoint
+                raise UserError(f"cannot read {os.path.join(self.folder, str(step))}: {_short(error)}") from error
             line = _short(error.__cause__ or error)
             if isinstance(error, LookupError | TypeError | AttributeError):  # which say little by themselves
                 line = f"{type(error).__name__}: {line}"
