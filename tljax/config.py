@@ -5,6 +5,7 @@ import hashlib
 import json
 import operator
 import re
+from collections.abc import Container
 
 from ml_collections import ConfigDict
 
@@ -111,7 +112,10 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
-    config.parallel.fsdp = 1  # devices over which each large leaf is laid
+    config.parallel.data = -1  # devices over which only the batch is laid; -1: the rest
+    config.parallel.fsdp = 1  # devices over which each large leaf is laid, too; -1: the rest
+    config.parallel.frozen_dtype = ""  # what never trains is stored so: "" as it is, or config.dtype
+    config.parallel.remat = ""  # "stages": the backward pass computes a stage's activations again; "": keeps them
     config.parallel.members = 0  # devices over which the members of a sweep are laid; 0: all there are
     return config
 
@@ -183,8 +187,10 @@ CHOICES = {
     "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
+    "parallel.frozen_dtype": ("", "bfloat16", "float16"),
+    "parallel.remat": ("", "stages"),
 }
-AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
+AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "data.threads"), 1) | dict.fromkeys(
     ("seed", "image_size", "cache_views", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed",
      "data.limit", "parallel.members", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr",
      "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
@@ -221,6 +227,8 @@ def check(config: ConfigDict) -> None:
         duration(fields[field], 1.0, field)
     duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
     nbytes(fields["cache_limit"], "cache_limit")
+    if "://" in fields["cache_folder"]:
+        raise UserError(f"config.cache_folder = {fields['cache_folder']!r}: features are kept in a local folder")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
@@ -255,10 +263,14 @@ def digest(config: ConfigDict) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns a `field: old → new` for every field that differs."""
+# How a run is laid over its devices, and no part of what it computes: it may go on under others.
+ELASTIC = ("parallel.mode", "parallel.data", "parallel.fsdp", "parallel.remat")
+
+
+def differences(old: ConfigDict, new: ConfigDict, but: Container[str] = ()) -> list[str]:
+    """Returns a `field: old → new` for every field that differs, `but` for some that may."""
     a, b = flatten(old), flatten(new)
-    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k) and k not in but]
 
 
 def call(text: str, functions: dict, kind: str):

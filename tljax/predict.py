@@ -1,6 +1,6 @@
 """The top classes of image files: `python -m tljax.predict --workdir=… photo.jpg …`."""
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
@@ -15,12 +15,13 @@ if __name__ == "__main__":  # before what is slow to import
 import jax
 import numpy as np
 
-from tljax import parallel
+from tljax import files
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report.console import Console, quiet_libraries
 from tljax.report.metrics import softmax
 from tljax.step import make_predict_step
+from tljax.stores import is_remote
 from tljax.workdir import Workdir
 
 
@@ -35,12 +36,12 @@ def main(argv: list[str]) -> int:
     if not (flags.top or "5").isdigit() or flags.top == "0":
         raise UserError(f"--top={flags.top}: expected a whole number above 0")
     quiet_libraries()
-    parallel.start()
+    cluster.alone("tljax.predict")
     exp, _, params, stats, notes = restore(Workdir(flags.workdir))
     p, images = exp.preprocessing, []
     for file in flags.rest:
         try:
-            with open(file, "rb") as opened:
+            with open(files.locate(file, "photograph") if is_remote(file) else file, "rb") as opened:
                 images.append(resize_and_centre_crop(opened.read(), p.size, p.crop, p.interpolation))
         except (OSError, BadImage) as error:
             raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}") from error

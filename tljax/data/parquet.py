@@ -10,6 +10,7 @@ from tljax.data import parquet_pages
 from tljax.data.table import Table, split_name
 from tljax.errors import UserError, unknown
 from tljax.files import check, locate, parsed
+from tljax.stores import is_remote
 
 # What the columns may unpack to: photographs are compressed already. And how many rows are unpacked at a time, of which
 # a file may repeat one of its own length.
@@ -74,7 +75,7 @@ def read(fields, path: str) -> Table:
         keys=[hashlib.sha256(images[row]).hexdigest() for row in range(len(images))],
         coarse=coarse,
         class_names=_class_names(tables[0].schema, label_column, files[0]),
-        origin=str(place),
+        origin=path if is_remote(path) else str(place),
     )
 
 
