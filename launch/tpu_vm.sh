@@ -106,6 +106,7 @@ if [ -n "$DRY_RUN" ]; then
 fi
 
 trap 'rm -rf "$scratch"; echo "the slice $NAME may still cost: \`$0 down\` deletes it, the same command goes on" >&2' EXIT
+trap 'exit 130' INT  # also where gcloud, which gets it first, ends as if it had failed
 failed=0 installed='' ran=''
 while true; do
   found=$(state)

@@ -212,7 +212,8 @@ def test_scripts_get_their_settings_and_the_config(dry):
     build, run = dry("docker", "--platform=cuda13", "--workdir=/somewhere")[0][1:]
     assert "--build-arg=PLATFORM=cuda13" in build
     assert shlex.split(run)[2:] == [
-        "--rm", "--gpus=all", "--volume=/somewhere:/run-of-tljax", "tljax:cuda13", CONFIG, "--workdir=/run-of-tljax"
+        "--init", "--rm", "--gpus=all", "--volume=/somewhere:/run-of-tljax", "tljax:cuda13", CONFIG,
+        "--workdir=/run-of-tljax",
     ]  # fmt: skip
 
 

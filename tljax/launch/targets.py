@@ -196,7 +196,7 @@ def _docker(given: Mapping[str, Any], run: Run) -> Plan:
         return Plan([*steps, Step(("docker", "push", image))], "an image, of a few GB")
     devices = {"tpu": ["--privileged", "--network=host"], "cpu": []}.get(platform, ["--gpus=all"])
     volume = f"--volume={Path(run.workdir).absolute()}:/run-of-tljax"
-    run_it = ("docker", "run", "--rm", *devices, volume, image, *run.arguments, "--workdir=/run-of-tljax")
+    run_it = ("docker", "run", "--init", "--rm", *devices, volume, image, *run.arguments, "--workdir=/run-of-tljax")
     return Plan([*steps, Step(run_it)], f"this machine, and an image of a few GB; the run is in {run.workdir}")
 
 
