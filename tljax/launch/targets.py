@@ -62,7 +62,7 @@ class Plan:
 
 
 class Target(NamedTuple):
-    """A place to run: its settings, how they become a plan, and whether the source is taken there."""
+    """A place to run: its settings, how they become a plan, and whether the clone is taken there (or is in the image)."""
 
     settings: dict[str, Setting]
     plan: Callable[[Mapping[str, Any], Run], Plan]
@@ -269,7 +269,7 @@ TARGETS = {
         "namespace": Setting("the namespace", "default", WORD),
         "account": Setting("the Kubernetes service account that may write the bucket", "default", WORD),
         "restarts": Setting("how often it may start anew", "100", count), "price": PRICE,
-    }, _jobset, takes_source=False),
+    }, _jobset),
     "ray": Target({
         "project": PROJECT, "zone": ZONE, "spot": SPOT,
         "machine": Setting("of the workers, as n2-standard-8 or g2-standard-8", "n2-standard-8", machines.machine),
