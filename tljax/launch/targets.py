@@ -62,7 +62,7 @@ class Plan:
 
 
 class Target(NamedTuple):
-    """A place to run: its settings, how they become a plan, and whether the clone is taken there (or is in the image)."""
+    """A place to run: its settings, how they become a plan, and whether the clone is taken there."""
 
     settings: dict[str, Setting]
     plan: Callable[[Mapping[str, Any], Run], Plan]
