@@ -21,7 +21,8 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
 
 # A mistake of the user's meets every process: it is told once.
-exec 2> >(exec awk '!/^error: / || !told[$0]++ { print; fflush() }' >&2)
+exec 2> >(exec awk '{ said = $0; sub(/^\[[0-9]+\] /, "", said) }
+  said !~ /^error: / || !told[said]++ { print; fflush() }' >&2)
 
 pids=()
 for ((i = 0; i < count; i++)); do

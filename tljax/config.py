@@ -5,10 +5,12 @@ import hashlib
 import json
 import operator
 import re
+from collections.abc import Container
 
 from ml_collections import ConfigDict
 
 from tljax.errors import UserError, listing, nearest, unknown
+from tljax.files import parsed
 
 
 def base(model: str = "efficientnet_lite0") -> ConfigDict:
@@ -110,7 +112,10 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
-    config.parallel.fsdp = 1  # devices over which each large leaf is laid
+    config.parallel.data = -1  # devices over which only the batch is laid; -1: the rest
+    config.parallel.fsdp = 1  # devices over which each large leaf is laid, too; -1: the rest
+    config.parallel.frozen_dtype = ""  # what never trains is stored so: "" as it is, or config.dtype
+    config.parallel.remat = ""  # "stages": the backward pass computes a stage's activations again; "": keeps them
     config.parallel.members = 0  # devices over which the members of a sweep are laid; 0: all there are
     return config
 
@@ -161,7 +166,10 @@ def nbytes(value: str, field: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", value)
     if not match:
         raise UserError(f"config.{field} = {value!r}: expected a number of {listing(UNITS)}, as '4 GB'")
-    return round(float(match[1]) * UNITS[match[2]])
+    count = float(match[1]) * UNITS[match[2]]
+    if not count < 2**63:
+        raise UserError(f"config.{field} = {value!r}: expected fewer than 2**63 bytes")
+    return round(count)
 
 
 CHOICES = {
@@ -179,8 +187,10 @@ CHOICES = {
     "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
+    "parallel.frozen_dtype": ("", "bfloat16", "float16"),
+    "parallel.remat": ("", "stages"),
 }
-AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
+AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "data.threads"), 1) | dict.fromkeys(
     ("seed", "image_size", "cache_views", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed",
      "data.limit", "parallel.members", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr",
      "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
@@ -245,7 +255,7 @@ def from_json(text: str) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    return ConfigDict(tuples(parsed(text)))
 
 
 def digest(config: ConfigDict) -> str:
@@ -253,10 +263,14 @@ def digest(config: ConfigDict) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns a `field: old → new` for every field that differs."""
+# How a run is laid over its devices, and no part of what it computes: it may go on under others.
+ELASTIC = ("parallel.mode", "parallel.data", "parallel.fsdp", "parallel.remat")
+
+
+def differences(old: ConfigDict, new: ConfigDict, but: Container[str] = ()) -> list[str]:
+    """Returns a `field: old → new` for every field that differs, `but` for some that may."""
     a, b = flatten(old), flatten(new)
-    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} → {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k) and k not in but]
 
 
 def call(text: str, functions: dict, kind: str):
@@ -266,7 +280,8 @@ def call(text: str, functions: dict, kind: str):
     """
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    # Also of null bytes, and of what is nested too deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)") from None
 
     def value(node):
@@ -280,7 +295,7 @@ def call(text: str, functions: dict, kind: str):
             return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{kind} {text!r}: {ast.unparse(node)!r} is neither a call nor a value") from None
 
     def invoke(name, positional, named):
