@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tljax import command, train
 from tljax.errors import UserError
 from tljax.launch import __main__ as launch
 from tljax.launch import accelerators, templates
@@ -84,7 +85,10 @@ def test_a_jobset_has_a_pod_for_each_host_and_never_restarts_a_mistake(dry):
         "cloud.google.com/gke-spot": "true",
     }
     name = found["metadata"]["name"]
-    assert container["args"] == [CONFIG, "--config.seed=3", f"--workdir=gs://abc/d/{name}"]
+    assert container["args"] == [CONFIG, "--config.seed=3", f"--workdir=gs://abc/d/{name}", "--join_timeout=3600"]
+    assert (
+        command.from_command_line(container["args"], **train.USAGE).join_timeout == "3600"
+    )  # of the command that runs
     # A pod that fails fails its job (no retries within it), exit code 2 with another reason than the rest.
     assert (spec_of_job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     (rule,) = spec_of_job["podFailurePolicy"]["rules"]

@@ -140,7 +140,7 @@ def _jobset(given: Mapping[str, Any], run: Run) -> Plan:
         "NAMESPACE": given["namespace"], "QUEUE": given["queue"], "RESTARTS": given["restarts"],
         "SLICES": given["slices"], "HOSTS": tpu.hosts, "CHIPS": tpu.chips_per_host, "KIND": tpu.kind,
         "TOPOLOGY": tpu.topology, "SPOT": "true" if given["spot"] else "", "SERVICE_ACCOUNT": given["account"],
-        "IMAGE": given["image"], "ARGUMENTS": json.dumps([*run.arguments, f"--workdir={far}"]),
+        "IMAGE": given["image"], "ARGUMENTS": json.dumps([*run.arguments, f"--workdir={far}", "--join_timeout=3600"]),
     })  # fmt: skip
     here = f"--namespace={given['namespace']}"
     return dataclasses.replace(
