@@ -194,6 +194,11 @@ def _dead(found: dict) -> bool:
         return False
 
 
+def alive(found: dict) -> bool | None:
+    """Whether a process, of which one has the `identity`, lives; None where that is not to be known from here."""
+    return None if not found.get("machine") or found["machine"] != _machine() else not _dead(found)
+
+
 def _born(pid: int) -> str:
     """When a process of this machine began, in ticks; "" where there is none, "alive" where that is all one may know.
 

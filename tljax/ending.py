@@ -53,8 +53,8 @@ def conclude(run, state: State) -> None:
             pictures.mistakes(mistakes(run, logits, shown, wrong), path / "mistakes.png", total=len(wrong))
         if lost:
             source_pictures.forgetting(lost["forgetting"], path / "forgetting.png")
-    run.workdir.close()
     told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found | lost
+    run.workdir.close(told)
     run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
     page(run.workdir)
     run.console.final(told)

@@ -22,6 +22,7 @@ class Workdir:
         self.path = Path(path)
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
+        self.writers = []  # what else takes the rows of metrics (tljax.writers)
         self._events = None
 
     def claim(self, config: ConfigDict) -> None:
@@ -30,7 +31,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.json"
             if file.exists():
-                differing = configs.differences(self.config(), config)
+                differing = configs.differences(self.config(), config, but=configs.WATCHING)
                 if differing:
                     raise UserError(
                         f"{self.path} holds a run with another config: {listing(differing)}; "
@@ -111,6 +112,8 @@ class Workdir:
                     event = Event(step=row["step"], wall_time=time.time(), summary=scalar(name, value))
                     self._events.write_event(event)
             self._events.flush()
+        for writer in self.writers:
+            writer.log(row)
 
     def summary(self) -> dict | None:
         """The final figures, or None where the run has not ended."""
@@ -125,11 +128,15 @@ class Workdir:
             raise UserError(f"{file} holds {type(found).__name__}, expected an object; delete it")
         return found
 
-    def close(self) -> None:
-        """Flushes the TensorBoard events."""
-        if self._events is not None:
+    def close(self, summary: dict | None = None) -> None:
+        """Ends the TensorBoard events and other writers, which get the final figures, if there are some."""
+        events, self._events = self._events, None
+        others, self.writers = self.writers, []
+        for writer in others:
+            writer.close(summary)
+        if events is not None:
             with self._reported():
-                self._events.close()
+                events.close()
 
     @contextlib.contextmanager
     def _reported(self):
