@@ -70,7 +70,7 @@ def _no_run(names: list[str], asked: bool) -> str:
         found = "does not exist"
     else:
         found = "is no workdir of a run"
-    more = f" (so are {listing(names[1:], 5)})" if len(names) > 1 else ""
+    more = f"; likewise {listing(names[1:], 5)}" if len(names) > 1 else ""
     return f"{first} {found}: expected a folder with the config.json that tljax.train leaves there{more}"
 
 

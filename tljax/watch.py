@@ -153,7 +153,7 @@ class Watch:
         line = f"no step for {text.duration(quiet)}: {doing}"
         where = self._dump(line)
         self._beat()
-        self.say(f"{line}, and goes on; the stacks of all threads are in {where}")
+        self.say(f"{line}; the run goes on; the stacks of all threads are in {where}")
         return True
 
     def _dump(self, line: str) -> str:
