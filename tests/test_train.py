@@ -36,6 +36,8 @@ def test_the_workdir_holds_what_one_wants_to_look_at(trained):
     assert {"start", "data", "weights", "compile", "train", "eval", "report", "total"} <= set(summary["time"])
     assert summary["first_step_seconds"] > 0
     assert summary["flops_per_step"] > 0
+    assert summary["compile"]["programs"] >= summary["compile"]["from_cache"] >= 0
+    assert summary["compile"]["programs"] >= 2  # steps of training and evaluation
     assert {"python", "jax", "flax", "optax"} <= set(summary["versions"])
 
 

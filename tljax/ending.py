@@ -127,6 +127,7 @@ def summary(run, steps: int) -> dict:
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
         "input_wait": waited(run),
+        "compile": run.watch.compiles.told(),
         "checkpoint": {"delta": config.checkpoint.delta, "base": run.keeper.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),

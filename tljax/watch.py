@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from tljax import claims, command, durations, writers
 from tljax.clock import Clock
+from tljax.compiles import Compiles
 from tljax.errors import Diverged, UserError
 from tljax.profiling import Profile
 from tljax.report import text
@@ -44,6 +45,7 @@ class Watch:
         writers.check(config)
         self.config, self.workdir, self.clock, self.console = config, workdir, clock, console
         self.profile = Profile(config.profile, workdir.path / "profile", self.say, clock, enabled=workdir.writes)
+        self.compiles = Compiles()
         self.stall = durations.seconds(config.stall, "stall")
         self.step, self.total, self.stalled, self.starving = 0, 0, False, False
         self._pace = None  # the first step of this process, and when
