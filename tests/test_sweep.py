@@ -14,7 +14,21 @@ import pytest
 import source_task
 from tiny import get_config
 
-from tljax import cache, command, config, ending, experiment, grid, group, memory, parallel, sweep, train
+from tljax import (
+    cache,
+    command,
+    config,
+    ending,
+    experiment,
+    grid,
+    group,
+    members,
+    memory,
+    parallel,
+    strategies,
+    sweep,
+    train,
+)  # fmt: skip
 from tljax.errors import UserError
 from tljax.report.console import Console
 from tljax.step import evaluated
@@ -168,6 +182,26 @@ def test_folds_and_sizes_of_the_training_set_are_their_solo_runs(base, sweeps, s
     found = sweeps(made)
     assert len({row["steps"] for row, *_ in found.values()}) == 2
     check(found, made, solo, (7,))
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "kept", "how"),
+    [
+        ("efficientnet_lite0", "frozen()", True, "vmap"),
+        ("efficientnet_lite0", "partial(last=2)", True, "map"),  # depthwise and pointwise kernels
+        ("efficientnet_lite0", "biases_only()", False, "vmap"),  # the stem is a dense convolution, and runs
+        ("vit_small_patch16", "partial(last=2)", True, "map"),
+        ("resnet18", "frozen()", True, "vmap"),
+        ("resnet18", "partial(last=1)", True, "sequence"),
+        ("resnet18", "partial(last=1)", False, "vmap"),  # the frozen forward runs once for all
+        ("resnet18", "full()", False, "sequence"),
+    ],
+)
+def test_what_trains_says_how_members_do_on_a_cpu(model, strategy, kept, how):
+    made = config.base(model)
+    made.weights = ""
+    exp = experiment.build(made, ("a", "b"), parallel.Layout.for_evaluation(16))
+    assert members.choose("auto", exp.plan_of(strategies.parse(strategy)), kept) == how
 
 
 def test_dense_kernels_train_in_sequence_on_a_cpu(base, sweeps, solo, caplog):

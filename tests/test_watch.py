@@ -358,7 +358,7 @@ def test_all_programs_are_counted():
 def profiled(folder, window, start=0, total=10, stop=None):
     """Runs steps under a profile; returns what was said."""
     said = []
-    profile = Profile(window, folder, said.append, Clock())
+    profile = Profile(window, Workdir(folder), said.append, Clock())
     profile.check(total)
     profile.begin(start)
     step = jax.jit(lambda x: (x @ x, {"loss": x.sum()}))
@@ -377,7 +377,7 @@ def steps_in(folder) -> list[int]:
 
 
 def test_the_trace_holds_the_steps_of_the_window(tmp_path):
-    (line,) = profiled(tmp_path / "profile", "steps:3-5")
+    (line,) = profiled(tmp_path, "steps:3-5")
     assert line.startswith("profile of steps 3–5 (")
     assert f"xprof --logdir={tmp_path / 'profile'}" in line
     assert ".trace.json.gz at https://ui.perfetto.dev" in line
@@ -387,7 +387,7 @@ def test_the_trace_holds_the_steps_of_the_window(tmp_path):
 def test_a_window_that_is_partly_or_wholly_behind(tmp_path):
     said = profiled(tmp_path / "part", "steps:3-5", start=4, stop=5)
     assert said[0] == "config.profile = 'steps:3-5': the run goes on from step 4; steps 5–5 are profiled"
-    assert steps_in(tmp_path / "part") == [5]
+    assert steps_in(tmp_path / "part" / "profile") == [5]
     said = profiled(tmp_path / "behind", "steps:3-5", start=5)
     assert said == ["config.profile = 'steps:3-5': the run goes on from step 5; nothing is profiled"]
     assert not (tmp_path / "behind").exists()
@@ -397,7 +397,7 @@ def test_a_window_that_is_partly_or_wholly_behind(tmp_path):
 
 def test_a_profile_that_cannot_be_written_stops_no_run(tmp_path):
     (tmp_path / "file").touch()
-    (line,) = profiled(tmp_path / "file" / "profile", "steps:3-5", stop=4)  # which ends within the window
+    (line,) = profiled(tmp_path / "file", "steps:3-5", stop=4)  # which ends within the window
     assert line.startswith("config.profile = 'steps:3-5': no profile: ")
 
 

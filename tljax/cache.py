@@ -104,13 +104,13 @@ class FeatureCache:
     """The features that stand before a cut, each computed once.
 
     `params` and `stats` are those with which the phase begins; `where` is "memory" or "disk", `say` takes the lines
-    that the user is to read, `stopped` tells whether a signal has come, and `clock()` measures the time of computing.
+    that the user is to read, `stopped` tells whether a signal has come, and `clock(split)` measures computing.
     """
 
     def __init__(
         self, exp: "Experiment", layout: Layout, phase: Phase, params, stats, where: str,
         say: Callable[[str], None] = print, stopped: Callable[[], object] = lambda: False,
-        clock: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        clock: Callable[[Split], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):  # fmt: skip
         self.exp, self.layout, self.cut = exp, layout, phase.plan.cut
         self.where, self.say, self.stopped, self.clock = where, say, stopped, clock
@@ -129,7 +129,7 @@ class FeatureCache:
         Raises UserError for a photograph that cannot be read or a folder that cannot be written, and Interrupted.
         """
         key = (split, view)
-        with self.clock():
+        with self.clock(split):
             if key not in self.kept:
                 self.kept[key] = self._stored(split, view) if self.where == "disk" else self._computed(split, view)
             found = self.kept[key]
@@ -144,7 +144,7 @@ class FeatureCache:
         key = (split, view)
         if key not in self.kept and self.where == "memory":
             out = np.empty((len(split), *self.like.shape), self.like.dtype)
-            self.kept[key] = Growing(out, self._parts(split, view, order), self.clock)
+            self.kept[key] = Growing(out, self._parts(split, view, order), functools.partial(self.clock, split))
         return self.kept[key] if key in self.kept else self(split, view)
 
     @property

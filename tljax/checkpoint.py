@@ -14,8 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from tljax import stores
 from tljax.errors import UserError, listing
 from tljax.plan import paths
+from tljax.staging import Staging
 
 Tree = Any
 
@@ -36,11 +38,20 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, create: bool = True):
         self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
+        self.staging = None
+        place, self.failures = self.folder, (OSError, ValueError)
+        if stores.is_remote(self.folder):
+            self.failures = (Exception,)  # a store's library raises any kind
+            if not self.folder.startswith("gs://"):  # the one that orbax and tensorstore write to
+                self.staging = Staging(self.folder, create)
+                place = self.staging.near
+        else:
+            place = os.path.abspath(self.folder)
         try:
-            if create:
+            if create and not stores.is_remote(self.folder):
                 os.makedirs(self.folder, exist_ok=True)
             self.manager = ocp.CheckpointManager(
-                os.path.abspath(self.folder),
+                place,
                 options=ocp.CheckpointManagerOptions(preservation_policy=self.policy, create=create),
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
@@ -72,21 +83,32 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
         self.policy.best = best
         try:
+            if self.staging:
+                self.staging.wait()
             self.manager.save(step, args=args)
-        except (OSError, ValueError) as error:  # also those of the save before this one
+            if self.staging:
+                self.manager.wait_until_finished()
+                self.staging.push()
+        except self.failures as error:  # also those of the save before this one
             raise UserError(self._failed(error)) from error
 
     def wait(self) -> None:
         """Returns when every save is on disk."""
         try:
             self.manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+            if self.staging:
+                self.staging.wait()
+        except self.failures as error:
             raise UserError(self._failed(error)) from error
 
     def _failed(self, error: Exception) -> str:
         # From the disk: orbax counts the one that failed as well.
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        whole = sorted(int(name) for name in names if name.isdigit())
+        whole: list[int] = []
+        if self.staging:
+            with contextlib.suppress(Exception):  # the store that has just failed
+                whole = self.staging.steps()
+        elif not stores.is_remote(self.folder) and os.path.isdir(self.folder):
+            whole = sorted(int(name) for name in os.listdir(self.folder) if name.isdigit())
         left = f"; the last whole one is of step {whole[-1]}" if whole else ""
         return f"cannot write a checkpoint to {self.folder}: {_short(error)}{left}"
 
@@ -134,6 +156,8 @@ class Checkpoints:
         """Waits, and ends orbax's threads."""
         self.wait()
         self.manager.close()
+        if self.staging:
+            self.staging.close()
 
 
 def _short(error: Exception) -> str:

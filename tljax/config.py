@@ -227,6 +227,8 @@ def check(config: ConfigDict) -> None:
     durations.window(fields["profile"], "profile")
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+|", fields["wandb"]):
         raise UserError(f"config.wandb = {fields['wandb']!r}: expected 'PROJECT' or 'ENTITY/PROJECT'")
+    if "://" in fields["cache_folder"]:
+        raise UserError(f"config.cache_folder = {fields['cache_folder']!r}: features are kept in a local folder")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:

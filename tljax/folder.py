@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from tljax import claims
+from tljax import claims, stores
 from tljax import config as configs
 from tljax.errors import UserError, listing
 from tljax.report import text
@@ -41,6 +41,11 @@ class Folder(Workdir):
     """
 
     def __init__(self, path: str | os.PathLike, stale: float = claims.STALE):
+        if stores.is_remote(path):
+            raise UserError(
+                f"--workdir={path}: a sweep's folder is shared by links and touched files, which no store has: "
+                "give one on a file system, and copy it when the sweep has ended"
+            )
         super().__init__(path)
         self.stale = stale
         self.mark = f".{socket.gethostname()}-{os.getpid()}"  # several processes write the tables

@@ -31,20 +31,25 @@ def choose(how: str, plan: Plan, kept: bool) -> str:
     """How members train: "vmap" (one batched step), "map" (in turn in one step), "sequence" (one run after another).
 
     Under vmap a convolution whose kernel is a member's own becomes one of many groups, and is slower than one member's
-    at a time; matrices, pointwise and depthwise kernels are not. So "auto" is vmap where only these train. Else it is
-    map, but on CPUs, where XLA runs convolutions within loops without its fast kernels: there it is sequence, as long
-    as no frozen forward is computed once for all (`kept` says that its features are there).
+    at a time; matrices, pointwise and depthwise kernels are not. So "auto" is vmap where only these train, else map. On
+    CPUs two things differ. Within loops XLA runs dense spatial convolutions without its fast kernels: where they train,
+    it is sequence, as long as no frozen forward is computed once for all (`kept` says that its features are there). And
+    activations of one member lie in the processor's caches, those of all do not: where stages other than the head run,
+    and none of these convolutions is in them, it is map.
     """
     if how not in HOW:
         raise unknown("way to run members", how, HOW)
     if how != "auto":
         return how
-    dense = lambda shape: len(shape) >= 4 and math.prod(shape[:-2]) > 1 and shape[-2] > 1
-    if not any(dense(leaf.shape) for leaf in plan.trainable):
-        return "vmap"
+    spatial = lambda leaf: len(leaf.shape) >= 4 and math.prod(leaf.shape[:-2]) > 1 and leaf.shape[-2] > 1
+    train = any(map(spatial, plan.trainable))
     if jax.default_backend() != "cpu":
-        return "map"
-    return "sequence" if kept or not plan.prefix else "vmap"
+        return "map" if train else "vmap"
+    if train:
+        return "sequence" if kept or not plan.prefix else "vmap"
+    run = [leaf for leaf in plan.leaves if leaf.stage not in plan.prefix]
+    only_head = len({leaf.stage for leaf in run}) == 1
+    return "vmap" if only_head or any(map(spatial, run)) else "map"
 
 
 class Members:

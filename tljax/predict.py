@@ -15,12 +15,13 @@ if __name__ == "__main__":  # before what is slow to import
 import jax
 import numpy as np
 
-from tljax import parallel
+from tljax import files, parallel
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report.console import Console, quiet_libraries
 from tljax.report.metrics import softmax
 from tljax.step import make_predict_step
+from tljax.stores import is_remote
 from tljax.workdir import Workdir
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     p, images = exp.preprocessing, []
     for file in flags.rest:
         try:
-            with open(file, "rb") as opened:
+            with open(files.locate(file, "photograph") if is_remote(file) else file, "rb") as opened:
                 images.append(resize_and_centre_crop(opened.read(), p.size, p.crop, p.interpolation))
         except (OSError, BadImage) as error:
             raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}") from error

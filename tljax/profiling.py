@@ -1,26 +1,30 @@
 """A window of steps seen by JAX's profiler: `--config.profile=steps:100-110`."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from tljax import durations
+from tljax import durations, stores
 from tljax.clock import Clock
 from tljax.errors import UserError
+from tljax.workdir import Workdir
 
 
 class Profile:
     """Calls the train step, and traces the calls of its window; says where the trace is and how to look at it.
 
-    Where it is not `enabled` (processes other than 0) nothing is traced.
+    Only the process that writes does.
     """
 
-    def __init__(self, window: str, folder: Path, say: Callable[[str], None], clock: Clock, enabled: bool = True):
-        self.text, self.folder, self.say, self.clock = window, folder, say, clock
-        self.window = durations.window(window, "profile") if enabled else None
+    def __init__(self, window: str, workdir: Workdir, say: Callable[[str], None], clock: Clock):
+        self.text, self.say, self.clock = window, say, clock
+        self.folder, self.near = workdir.path / "profile", workdir.near / "profile"  # the same, but for a store's
+        self.window = durations.window(window, "profile") if workdir.writes else None
         self._first = self._before = None  # the first step of a trace that runs; the result of the step before it
 
     def check(self, total: int) -> None:
@@ -63,7 +67,7 @@ class Profile:
         jax.block_until_ready(self._before)  # steps run asynchronously: those before would be in the trace
         self._begun = time.perf_counter()
         try:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(self.near)
             self._first = step
         except Exception as error:  # another profiler in this process, a read-only folder
             self._failed(error)
@@ -76,9 +80,11 @@ class Profile:
         self.window = self._first = self._before = None
         try:
             jax.profiler.stop_trace()
+            if self.near != self.folder:
+                _move(self.near, self.folder)
+            traces = sorted(self.folder.glob("plugins/profile/*/*.trace.json.gz"))
         except Exception as error:  # a full disk
             return self._failed(error)
-        traces = sorted(self.folder.glob("plugins/profile/*/*.trace.json.gz"))
         perfetto = f", or open {traces[-1]} at https://ui.perfetto.dev" if traces else ""
         self.say(
             f"profile of {steps} ({spent:.2f} s) in {self.folder}: pip install xprof && "
@@ -88,3 +94,11 @@ class Profile:
     def _failed(self, error: Exception) -> None:
         self.window = None
         self.say(f"config.profile = {self.text!r}: no profile: {' '.join(str(error).split())[:200]}")
+
+
+def _move(near: Path, far: Any) -> None:
+    """Copies a local folder to a store, and removes it."""
+    for file in sorted(near.rglob("*")):
+        if file.is_file():
+            stores.upload(file, far / file.relative_to(near).as_posix())
+    shutil.rmtree(near, ignore_errors=True)

@@ -7,29 +7,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tljax import files
+from tljax import files, remote_folder, stores
 from tljax.errors import UserError
 
 
 def copied(source: str, what: str) -> Path:
     """A local copy of the file at `source`, made anew where the length or time there, or the copy, has changed.
 
-    Copies of a folder's files lie in one folder, under $XDG_CACHE_HOME/tljax/files. Where `source` cannot be reached
-    the copy serves. Raises UserError, which begins with `what`.
+    Copies of a folder's files lie in one folder, under $XDG_CACHE_HOME/tljax/files. Of a folder all files are copied
+    (`remote_folder`). Where `source` cannot be reached the copy serves. Raises UserError, which begins with `what`.
     """
-    from etils import epath
-
     scheme, _, place = source.partition("://")
     if scheme == "hf":
         raise UserError(f"{what}: {source!r} is written hf:<organisation>/<name>")
-    try:
-        far = epath.Path(source)
-    except KeyError:
-        raise UserError(f"{what}: {scheme}:// is no scheme that etils.epath knows, as gs:// and s3:// are") from None
+    far = stores.place(source, what)
     folder, _, name = place.rstrip("/").rpartition("/")
-    if not folder or name in ("", ".."):
-        raise UserError(f"{what}: {source!r} names no file")
-    near = files.cached("files", hashlib.sha256(f"{scheme}://{folder}".encode()).hexdigest()[:16], name)
+    near = files.cached("files", hashlib.sha256(f"{scheme}://{folder}".encode()).hexdigest()[:16], name or "bucket")
     record = _record(near)
     try:
         stat = far.stat()
@@ -38,9 +31,16 @@ def copied(source: str, what: str) -> Path:
     except Exception as error:  # every store's library has errors of its own
         if record.get("source") == source:
             return near
+        if (kept := remote_folder.kept(source)) is not None:
+            return kept
         raise _unreadable(source, what, error) from None
     if stat.is_directory:
-        raise UserError(f"{what}: {source} is a folder: name a file in it")
+        try:
+            return remote_folder.copied(source, what)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _unreadable(source, what, error) from None
     state = {"source": source, "length": stat.length, "mtime": stat.mtime}
     if not record.items() >= state.items():
         try:

@@ -21,12 +21,13 @@ import os
 import time
 from pathlib import Path
 
-from tljax import claims
+from tljax import claims, stores
 from tljax.errors import UserError, listing
 from tljax.report import text
 
 TAIL = 2**16  # bytes of metrics.jsonl that are read
 LATE = 4  # a heartbeat that is so many of its intervals old, and its process not on this machine: nobody knows
+COMPLETE = ("commit_success.txt", "whole.json")  # the last of what a checkpoint in a store gets: orbax's, ours
 COLUMNS = ("run", "step", "loss", "val", "images/s", "left", "checkpoint", "state")
 RIGHT = {"step", "loss", "images/s", "left"}
 
@@ -49,12 +50,22 @@ def find(given: list[str]) -> tuple[list[Path], list[str]]:
     """The workdirs that are given or match a pattern; what is given and is none. What a pattern finds may be none."""
     folders, others = [], []
     for name in given:
-        is_pattern = glob.has_magic(name) and not os.path.exists(name)
-        names = sorted(glob.glob(name)) if is_pattern else [name]
-        runs = [Path(n) for n in names if (Path(n) / "config.json").is_file()]
+        runs = [place for place in _matching(name) if (place / "config.json").exists()]
         folders += runs
         others += [] if runs else [name]
     return list(dict.fromkeys(folders)), others
+
+
+def _matching(name: str) -> list:
+    """The folders that a name or a pattern stands for."""
+    if stores.is_remote(name):
+        above, _, last = name.rstrip("/").rpartition("/")
+        with stores.reported("read", name):
+            return (
+                sorted(stores.place(above, name).glob(last)) if glob.has_magic(last) else [stores.place(name, "status")]
+            )
+    is_pattern = glob.has_magic(name) and not os.path.exists(name)
+    return [Path(found) for found in (sorted(glob.glob(name)) if is_pattern else [name])]
 
 
 def _no_run(names: list[str], asked: bool) -> str:
@@ -66,7 +77,7 @@ def _no_run(names: list[str], asked: bool) -> str:
     first = names[0]
     if glob.has_magic(first) and not os.path.exists(first):
         found = "matches no workdir of a run"
-    elif not os.path.exists(first):
+    elif not os.path.exists(first) and not stores.is_remote(first):
         found = "does not exist"
     else:
         found = "is no workdir of a run"
@@ -138,9 +149,16 @@ def _state(summary: dict, beat: dict, now: float) -> tuple[str, str]:
 
 def _checkpoint(folder: Path, now: float) -> dict | None:
     """The newest complete checkpoint, {"step", "age"}."""
-    with contextlib.suppress(OSError, ValueError):
-        newest = max((e for e in os.scandir(folder / "checkpoints") if e.name.isdigit()), key=lambda e: int(e.name))
-        return {"step": int(newest.name), "age": round(now - newest.stat().st_mtime, 1)}
+    with contextlib.suppress(Exception):  # every store's library has errors of its own
+        found = [place for place in (folder / "checkpoints").iterdir() if place.name.isdigit()]
+        if isinstance(folder, Path):
+            newest = max(found, key=lambda place: int(place.name))
+            made = newest.stat().st_mtime
+        else:  # a store's folders have no time, and no other sign of being complete
+            last = {p: p / name for p in found for name in COMPLETE if (p / name).exists()}
+            newest = max(last, key=lambda place: int(place.name))
+            made = last[newest].stat().mtime
+        return {"step": int(newest.name), "age": round(now - made, 1)}
     return None
 
 
@@ -178,7 +196,7 @@ def _read(file: Path) -> dict:
     """What a JSON file holds; {} where it is not there, or is no object."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except Exception:  # every store's library has errors of its own
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -187,9 +205,9 @@ def _tail(file: Path) -> list[dict]:
     """The last rows of a run's metrics."""
     try:
         with file.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL))
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
             lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
+    except Exception:
         return []
     rows = []
     for line in lines:

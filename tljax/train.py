@@ -217,7 +217,7 @@ class Run:
         self.cache = None if not where else cache.FeatureCache(
             self.exp, self.layout, self.phase, state.params, state.stats, where,
             say=self.console.print, stopped=lambda: self.termination.received,
-            clock=functools.partial(self.clock, "features"),
+            clock=lambda split: self.clock("test" if split is self.dataset.test else "features"),
         )  # fmt: skip
 
     def batches(self, start: int):
@@ -237,6 +237,7 @@ class Run:
                 self.cache(train, view)
         count, first = cache.views(config), self.phase.start * config.batch_size // len(train)
 
+        @functools.cache
         def features(view):  # in the order of the phase's first epoch that shows the view
             order = data.permutation(len(train), config.seed, first + (view - first) % count)
             return self.cache.growing(train, view, order)
@@ -244,8 +245,9 @@ class Run:
         return data.feature_batches(features, train.labels, views=count, **common)
 
     def save(self, state: State) -> None:
-        """Begins to save a checkpoint."""
+        """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
+            self.workdir.flush()
             self.keeper.save(state, self.plan)
 
     def compile(self, like: State) -> None:
@@ -383,6 +385,7 @@ class Run:
         with self.clock("eval"):
             found = self.figures(*evaluated(state, self.plan), self.dataset.val)
         self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
+        self.workdir.flush()
         value = found[self.config.metric.removeprefix("val/")]
         better = self.keeper.assess(self.config.metric, value, step, step / self.per_epoch)
         self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)

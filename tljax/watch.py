@@ -44,7 +44,7 @@ class Watch:
     def __init__(self, config: ConfigDict, workdir: Workdir, clock: Clock, console: Console):
         writers.check(config)
         self.config, self.workdir, self.clock, self.console = config, workdir, clock, console
-        self.profile = Profile(config.profile, workdir.path / "profile", self.say, clock, enabled=workdir.writes)
+        self.profile = Profile(config.profile, workdir, self.say, clock)
         self.compiles = Compiles()
         self.stall = durations.seconds(config.stall, "stall")
         self.step, self.total, self.stalled, self.starving = 0, 0, False, False

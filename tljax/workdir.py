@@ -1,4 +1,9 @@
-"""The folder of a run: its config, its metrics, its summary. Files appear whole or not at all."""
+"""The folder of a run: its config, its metrics, its summary. Files appear whole or not at all.
+
+It may lie in a store, as gs://bucket/run. What grows there, metrics and events, is kept in a local folder and copied
+whole: at each evaluation, before each checkpoint, and every half a minute. So a checkpoint never stands there without
+the rows that came before it.
+"""
 
 import contextlib
 import json
@@ -9,7 +14,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tljax import config as configs
+from tljax import stores
 from tljax.errors import UserError, listing
+
+COPY_EVERY = 30.0  # seconds between two copies to a store of what has grown
 
 
 class Workdir:
@@ -19,7 +27,11 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, writes: bool = True):
-        self.path = Path(path)
+        self.remote = stores.is_remote(path)
+        self.path = stores.place(path, "--workdir") if self.remote else Path(path)
+        self.near = stores.near(self.path) if self.remote else self.path  # where what grows is written
+        self.copied: dict[str, int] = {}  # of what grows, how many bytes the store has
+        self.copied_at = 0.0
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
         self.writers = []  # what else takes the rows of metrics (tljax.writers)
@@ -28,7 +40,8 @@ class Workdir:
     def claim(self, config: ConfigDict) -> None:
         """Makes the folder this experiment's. Raises UserError where it holds another one or is unwritable."""
         with self._reported():
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.remote:
+                self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.json"
             if file.exists():
                 differing = configs.differences(self.config(), config, but=configs.WATCHING)
@@ -44,7 +57,9 @@ class Workdir:
         """The config of the run. Raises UserError where there is none."""
         file = self.path / "config.json"
         try:
-            config = configs.from_json(file.read_text())
+            with self._reading():
+                text = file.read_text()
+            config = configs.from_json(text)
             configs.check(config)
             return config
         except FileNotFoundError:
@@ -56,11 +71,15 @@ class Workdir:
         """Writes a file whole: a reader, or a crash, never meets half of it."""
         if not self.writes:
             return
+        content = content.encode() if isinstance(content, str) else content
         with self._reported():
+            if self.remote:
+                (self.path / name).write_bytes(content)
+                return
             temporary = self.path / f".{name}{self.mark}.tmp"
             try:
                 with temporary.open("wb") as file:
-                    file.write(content.encode() if isinstance(content, str) else content)
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self.path / name)
@@ -71,7 +90,10 @@ class Workdir:
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl; a last line that a crash cut off is left out. Raises UserError for others."""
         file, rows = self.path / "metrics.jsonl", []
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        if self._events is not None:
+            file = self.near / "metrics.jsonl"
+        with self._reading():
+            lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -89,10 +111,16 @@ class Workdir:
 
         if not self.writes:
             return
-        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows() if r["step"] <= step))
+        kept = "".join(json.dumps(r) + "\n" for r in self.rows() if r["step"] <= step)
+        self.write("metrics.jsonl", kept)
         with self._reported():
+            if self.remote:
+                self._clear()
+                self.near.mkdir(parents=True, exist_ok=True)
+                (self.near / "metrics.jsonl").write_text(kept)
+                self.copied = {"metrics.jsonl": len(kept.encode())}
             # Not SummaryWriter: on a full disk its thread dies, and the run waits for it for ever.
-            self._events = EventsWriter(os.path.join(self.path, "events"))
+            self._events = EventsWriter(os.path.join(self.near, "events"))
             if step:  # TensorBoard forgets what came after
                 start = SessionLog(status=SessionLog.START)
                 self._events.write_event(Event(step=step + 1, session_log=start, wall_time=time.time()))
@@ -105,7 +133,7 @@ class Workdir:
         from tensorboardX.summary import scalar
 
         with self._reported():
-            with (self.path / "metrics.jsonl").open("a") as file:
+            with (self.near / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
@@ -114,12 +142,36 @@ class Workdir:
             self._events.flush()
         for writer in self.writers:
             writer.log(row)
+        if time.monotonic() - self.copied_at > COPY_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Copies what has grown to the store, where the workdir lies in one."""
+        if not (self.remote and self.writes and self._events):
+            return
+        with self._reported():
+            for file in self._growing():
+                length = file.stat().st_size
+                if self.copied.get(file.name) != length:
+                    stores.upload(file, self.path / file.name)
+                    self.copied[file.name] = length
+        self.copied_at = time.monotonic()
+
+    def _growing(self) -> list[Path]:
+        return [self.near / "metrics.jsonl", *sorted(self.near.glob("events.*"))]
+
+    def _clear(self) -> None:
+        """Removes the local copies of what grows."""
+        for file in self._growing():
+            file.unlink(missing_ok=True)
 
     def summary(self) -> dict | None:
         """The final figures, or None where the run has not ended."""
         file = self.path / "summary.json"
         try:
-            found = json.loads(file.read_text()) if file.exists() else None
+            with self._reading():
+                text = file.read_text() if file.exists() else "null"
+            found = json.loads(text)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read: {error}; delete it, and the same command writes it anew"
@@ -130,17 +182,41 @@ class Workdir:
 
     def close(self, summary: dict | None = None) -> None:
         """Ends the TensorBoard events and other writers, which get the final figures, if there are some."""
-        events, self._events = self._events, None
         others, self.writers = self.writers, []
         for writer in others:
             writer.close(summary)
-        if events is not None:
+        if self._events is None:
+            return
+        try:
             with self._reported():
-                events.close()
+                self._events.close()
+            self.flush()
+        finally:
+            self._events = None
+        if self.remote:
+            self._clear()
+            with contextlib.suppress(OSError):
+                self.near.rmdir()
 
     @contextlib.contextmanager
     def _reported(self):
+        if self.remote:
+            with stores.reported("write to", self.path):
+                yield
+            return
         try:
             yield
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def _reading(self):
+        """Makes what a store's library raises one line; that there is no such file is left to the caller."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if not self.remote:
+                raise
+            raise UserError(f"cannot read {self.path}: {stores.explained(error, str(self.path))}") from error

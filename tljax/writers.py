@@ -45,13 +45,13 @@ class WandB:
         try:
             self.run = wandb.init(
                 project=project, entity=entity or None, id=_identity(workdir), resume="allow",
-                name=workdir.path.name, dir=str(workdir.path), config=config.to_dict(),
+                name=workdir.path.name, dir=str(workdir.near), config=config.to_dict(),
                 settings=wandb.Settings(console="off", silent=True),
             )  # fmt: skip
         except Exception as error:  # no account, no network, no right to the project
             line = " ".join(str(error).split())[:200]
             raise UserError(
-                f"config.wandb = {config.wandb!r}: {line}; WANDB_MODE=offline keeps the figures in {workdir.path}"
+                f"config.wandb = {config.wandb!r}: {line}; WANDB_MODE=offline keeps the figures in {workdir.near}"
             ) from error
         self.say = say
         self.say(f"Weights & Biases: {self.run.url or f'offline, later: wandb sync {self.run.dir}'}")

@@ -33,6 +33,7 @@ from tljax.errors import UserError, listing
 from tljax.evaluate import Evaluator
 from tljax.models import clip
 from tljax.report import metrics, text
+from tljax.stores import is_remote
 from tljax.workdir import Workdir
 
 BATCH = 64
@@ -166,7 +167,8 @@ def main(argv: list[str]) -> int:
     for line in lines(found):
         console.print(line)
     if flags.workdir:
-        Path(flags.workdir).mkdir(parents=True, exist_ok=True)
+        if not is_remote(flags.workdir):
+            Path(flags.workdir).mkdir(parents=True, exist_ok=True)
         of = {"model": model, "weights": exp.card.name, "data": flags.data, "templates": list(prompts)}
         Workdir(flags.workdir).write("zeroshot.json", json.dumps(of | found, indent=2) + "\n")
         console.print(f"written to zeroshot.json in {flags.workdir}")

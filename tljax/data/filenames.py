@@ -8,6 +8,7 @@ from tljax.data.folder import SUFFIXES, Files, content_keys
 from tljax.data.table import Table
 from tljax.errors import UserError, listing
 from tljax.files import check, locate
+from tljax.stores import is_remote
 
 
 def read(fields, where: str) -> Table:
@@ -39,5 +40,5 @@ def read(fields, where: str) -> Table:
         names=[f.name for f in files],
         splits=np.full(len(files), "train", dtype="U5"),
         keys=content_keys(files),
-        origin=str(root),
+        origin=where if is_remote(where) else str(root),
     )

@@ -9,6 +9,7 @@ import numpy as np
 from tljax.data.table import Table, split_name
 from tljax.errors import UserError, listing
 from tljax.files import locate
+from tljax.stores import is_remote
 
 SUFFIXES = {
     ".jpg",
@@ -81,7 +82,7 @@ def read(fields, path: str) -> Table:
         names=[f.relative_to(root).as_posix() for f in files],
         splits=np.array(splits, dtype="U5"),
         keys=content_keys(files),
-        origin=str(root),
+        origin=path if is_remote(path) else str(root),
         notes=tuple(notes),
     )
 

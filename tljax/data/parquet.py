@@ -9,6 +9,7 @@ import numpy as np
 from tljax.data.table import Table, split_name
 from tljax.errors import UserError, unknown
 from tljax.files import check, locate
+from tljax.stores import is_remote
 
 
 class _Column:
@@ -73,7 +74,7 @@ def read(fields, path: str) -> Table:
         keys=[hashlib.sha256(images[row]).hexdigest() for row in range(len(images))],
         coarse=coarse,
         class_names=_class_names(tables[0].schema, label_column),
-        origin=str(place),
+        origin=path if is_remote(path) else str(place),
     )
 
 

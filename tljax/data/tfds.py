@@ -7,6 +7,7 @@ import numpy as np
 
 from tljax.data.table import Table, split_name
 from tljax.errors import UserError, listing, nearest, unknown
+from tljax.stores import is_remote
 
 LABELS_AT_ONCE = 4096  # reading in groups is ten times faster than one by one
 
@@ -82,6 +83,8 @@ def _label(value) -> str | int:
 
 def data_root(data_dir: str) -> Path:
     """Where prepared data lie: `data_dir`, or TFDS's own default."""
+    if is_remote(data_dir):
+        raise UserError(f"config.data.data_dir = {data_dir!r}: prepared data are read from a local folder; copy them")
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 

@@ -16,7 +16,8 @@ from tljax.report import text
 
 LIBRARIES = (
     "absl", "orbax", "jax", "jaxlib", "flax", "optax", "grain", "etils", "tensorboardX", "matplotlib", "PIL",
-    "tensorflow", "tensorflow_datasets", "h5py", "asyncio", "fsspec", "ml_collections",
+    "tensorflow", "tensorflow_datasets", "h5py", "asyncio", "fsspec", "gcsfs", "s3fs",
+    "ml_collections",
 )  # fmt: skip
 RAISING = ("absl", "orbax", "asyncio")  # orbax logs the traceback of every thread that fails, and raises it again
 ACCURACIES = (("accuracy", "accuracy"), ("coarse_accuracy", "coarse accuracy"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tljax import errors, files
+from tljax import errors, files, stores
 from tljax.errors import UserError
 from tljax.weights import hdf5, lazy, lookalike, matcher, parts, readers, resizing, runs
 from tljax.weights.cards import CARDS, INSTALL, Card, assumed, from_header, named
@@ -69,6 +69,11 @@ def _file(source: str, name: str) -> Path:
         from tljax.weights import hub
 
         return hub.locate(source, f"weights {name!r}")
+    if stores.is_remote(source):
+        place = stores.place(source, f"weights {name!r}")
+        with contextlib.suppress(Exception):  # a store that cannot be reached: a copy may serve
+            if runs.is_run(place):
+                return place
     package = source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else ""
     path = files.locate(source, f"weights {name!r}", INSTALL.get(package, ""))
     if runs.is_run(path):

@@ -1,0 +1,103 @@
+"""Checkpoints for a store that orbax does not write to, as s3://: it writes to a local folder, which is copied there.
+
+A checkpoint counts as whole where its `whole.json` is there, the last of its files, with the digests of the others.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from tljax import files, stores
+from tljax.errors import UserError
+
+WHOLE = "whole.json"  # {file: SHA-256}
+
+
+class Staging:
+    """The local folder `near`, and its copy at an address. The store is right where they differ."""
+
+    def __init__(self, address: str, writes: bool):
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{address}: several processes keep their checkpoints in gs://, or in a folder that all of them see: "
+                "orbax writes to no other store"
+            )
+        self.far = stores.place(address, "checkpoints")
+        # Who only reads must not meet what a run on this machine is about to copy.
+        self._own = None if writes else tempfile.TemporaryDirectory(prefix="tljax-")
+        self.near = Path(self._own.name) if self._own else stores.near(address)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._upload: Future | None = None
+        with stores.reported("read", self.far):
+            self._pull()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that the store has whole, ascending."""
+        return sorted(step for step in self._there() if (self.far / str(step) / WHOLE).exists())
+
+    def _there(self) -> list[int]:
+        with contextlib.suppress(FileNotFoundError):
+            return [int(entry.name) for entry in self.far.iterdir() if entry.name.isdigit()]
+        return []
+
+    def _pull(self) -> None:
+        """Makes the local folder what the store has."""
+        self.near.mkdir(parents=True, exist_ok=True)
+        whole = {str(step): json.loads((self.far / str(step) / WHOLE).read_text()) for step in self.steps()}
+        for entry in self.near.iterdir():
+            if entry.name not in whole or _digests(entry) != whole[entry.name]:
+                shutil.rmtree(entry)
+        for step, digests in whole.items():
+            if not (self.near / step).exists():
+                self._download(step, digests)
+
+    def _download(self, step: str, digests: dict[str, str]) -> None:
+        partial = self.near / f".{step}.partial"
+        for name, digest in digests.items():
+            file = partial / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stores.download(self.far / step / name, file)
+            files.check(digest, file)
+        partial.rename(self.near / step)
+
+    def push(self) -> None:
+        """Begins to copy what is new to the store, and to remove there what is gone here."""
+        self.wait()
+        self._upload = self._pool.submit(self._push)
+
+    def _push(self) -> None:
+        there, whole = self._there(), self.steps()
+        here = sorted(int(entry.name) for entry in self.near.iterdir() if entry.name.isdigit())
+        for step in here:
+            if step not in whole:
+                folder = self.near / str(step)
+                digests = _digests(folder)
+                for name in digests:
+                    stores.upload(folder / name, self.far / str(step) / name)
+                (self.far / str(step) / WHOLE).write_text(json.dumps(digests))
+        for step in set(there) - set(here):
+            (self.far / str(step) / WHOLE).unlink(missing_ok=True)  # first: what is left is no checkpoint
+            (self.far / str(step)).rmtree()
+
+    def wait(self) -> None:
+        """Returns when the store has what was pushed. Raises what its library raised."""
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            upload.result()
+
+    def close(self) -> None:
+        """Waits, and removes the local folder: the store has it all."""
+        self.wait()
+        self._pool.shutdown()
+        shutil.rmtree(self.near, ignore_errors=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} of the files below a folder."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): files.digest(file) for file in found}
