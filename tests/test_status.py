@@ -68,8 +68,8 @@ def test_alive_or_dead_and_why(tmp_path, given, state, why):
 
 def test_a_process_that_is_gone_was_killed(tmp_path, dead):
     """Also where another one has its number now."""
-    found = status.look(run(tmp_path / "run", identity=dead, rows=[{"step": 110, "train/loss": 1.0}]))
-    assert (found["state"], found["step"], found["left"]) == ("killed", 110, None)
+    found = status.look(run(tmp_path / "run", identity=dead, rows=[{"step": 130, "train/loss": 1.0}]))
+    assert (found["state"], found["step"], found["left"]) == ("killed", 130, None)
     assert found["why"] == f"process {dead['pid']} on {dead['host']} is gone, in train; the same command goes on"
     again = claims.identity() | {"born": dead["born"]}
     assert status.look(run(tmp_path / "again", identity=again))["state"] == "killed"

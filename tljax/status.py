@@ -99,7 +99,7 @@ def look(folder: Path, now: float | None = None) -> dict:
         return _sweep(folder, config)
     rows = _tail(folder / "metrics.jsonl")
     last = lambda key: next((row[key] for row in reversed(rows) if key in row), None)
-    steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
+    steps = [row["step"] for row in (*rows, beat) if isinstance(row.get("step"), int)]
     state, why = _state(summary, beat, now)
     alive = state in ("running", "stalled")
     left = beat.get("left")
@@ -110,7 +110,7 @@ def look(folder: Path, now: float | None = None) -> dict:
         "state": state,
         "why": why,
         "part": beat.get("part") if alive else None,
-        "step": summary.get("steps", beat.get("step") if alive else max(steps, default=None)),
+        "step": summary.get("steps", max(steps, default=None)),
         "total": summary.get("steps", beat.get("total")),
         "loss": last("train/loss"),
         "val": {"metric": config.get("metric"), "value": last(config.get("metric"))},
