@@ -407,7 +407,7 @@ def test_a_profile_that_cannot_be_written_stops_no_run(tmp_path):
 class FakeRun:
     """What wandb.init returns."""
 
-    url, dir = "https://wandb.invalid/run", "dir"
+    url, offline = "https://wandb.invalid/run", False
 
     def __init__(self, **given):
         self.given, self.rows, self.summary, self.end = given, [], {}, None
@@ -511,15 +511,15 @@ def test_offline_for_real(tiny, tmp_path):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
-    argv = changed(tiny, tmp_path, wandb="tests", train_for="60 steps")
+    argv = changed(tiny, tmp_path, wandb="tests", train_for="32 steps", checkpoint_every="9 epochs")
     kept = {"WANDB_MODE": "offline"}
     process = command("tljax.train", *argv, **kept)
-    until(lambda: process.poll() is not None or len(Workdir(tmp_path).rows()) > 3, 300)
+    until(lambda: process.poll() is not None or Workdir(tmp_path).rows(), 600)
     process.terminate()
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert "Weights & Biases: offline" in out, err
     assert process.returncode == 143, err
-    out, err = command("tljax.train", *argv, **kept).communicate(timeout=300)
+    out, err = command("tljax.train", *argv, **kept).communicate(timeout=600)
     assert "resumed from step" in out, err
     assert err == ""
     found, final = {}, {}

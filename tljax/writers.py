@@ -54,7 +54,8 @@ class WandB:
                 f"config.wandb = {config.wandb!r}: {line}; WANDB_MODE=offline keeps the figures in {workdir.near}"
             ) from error
         self.say = say
-        self.say(f"Weights & Biases: {self.run.url or f'offline, later: wandb sync {self.run.dir}'}")
+        later = f"offline; later: wandb sync {workdir.near}/wandb/offline-run-*"
+        self.say(f"Weights & Biases: {later if self.run.offline else self.run.url}")
 
     def log(self, row: dict) -> None:
         """Takes a row, as `Workdir.log` does. Steps that a run repeats after a kill are known there already."""
