@@ -1,20 +1,27 @@
 """Exact resume: real processes, killed at random moments and started again with the same command."""
 
+import contextlib
+import functools
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import command, script
 from test_delta import weights_file
+from test_launch import launch
 
 from tljax import evaluate, plan, train
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
+from tljax.lock import Lock
 from tljax.workdir import Workdir
 
 STEPS = 400
@@ -145,6 +152,136 @@ def test_a_run_killed_around_the_boundaries_of_its_phases_ends_as_one_never_stop
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     assert end(killed) == end(tmp_path / "whole")
+
+
+# The training script, in a process that kills itself a little after a moment has come for the n-th time, and on the
+# first way over each boundary of phases.
+STRUCK = """
+import os, pathlib, random, signal, sys, threading
+from tljax import cache, evaluate, phases, train
+from tljax.checkpoint import Checkpoints
+moment, count, delay, boundaries, *argv = sys.argv[1:]
+MOMENTS = {
+    "compile": (train.Run, "compile"), "training": (train.Run, "placed"), "saving": (Checkpoints, "save"),
+    "evaluation": (evaluate.Evaluator, "__call__"), "cache": (cache.FeatureCache, "_computed"),
+}
+left = int(count)
+
+def strike(after):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+def striking(called):
+    def call(*args, **more):
+        global left
+        left -= 1
+        if not left:
+            strike(float(delay))
+        return called(*args, **more)
+    return call
+
+def striking_change(state, *args):
+    marker = pathlib.Path(boundaries, str(int(state.step)))
+    if not marker.exists():
+        marker.touch()
+        strike(random.uniform(0, 0.3))
+    return change(state, *args)
+
+if moment in MOMENTS:
+    setattr(*MOMENTS[moment], striking(getattr(*MOMENTS[moment])))
+elif moment == "any":
+    strike(float(delay))
+change, phases.change = phases.change, striking_change
+sys.exit(train.main(argv))
+"""
+AT_RANDOM = ("any", "compile", "training", "saving", "saving", "evaluation", "cache")
+LONG = 3000
+IN_ALL = (
+    f"--config.phases=phases(('{LONG // 3} steps', frozen()), ('{LONG // 3} steps', partial(last=1)), "
+    "('rest', surgical('block1')))",
+    f"--config.train_for={LONG} steps", "--config.checkpoint_every=9 steps", "--config.eval_every=20 steps",
+    "--config.log_every=10 steps", "--config.augment.mixup=0.2", "--config.augment.mix_at=features",
+    "--config.ema=0.9", "--config.drop_rate=0.3", "--config.cache=disk", "--config.cache_views=2",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_killed_fifty_times_at_random_moments_ends_as_one_never_stopped(tiny, tmp_path):
+    """Each time it goes on from the newest complete checkpoint, and what it leaves behind does not grow."""
+    rng = random.Random()
+    started = lambda name: [*tiny, *IN_ALL, f"--config.cache_folder={tmp_path / name}-features",
+                            f"--workdir={tmp_path / name}"]  # fmt: skip
+    whole = command("tljax.train", *started("whole"))
+    out, err = whole.communicate(timeout=3000)
+    assert whole.returncode == 0, err
+
+    killed, boundaries, features = tmp_path / "killed", tmp_path / "boundaries", tmp_path / "killed-features"
+    boundaries.mkdir()
+    kills, remains = dict.fromkeys(AT_RANDOM, 0), 0
+    for i in range(1000):
+        moment = "none" if sum(kills.values()) >= 50 else AT_RANDOM[i % len(AT_RANDOM)]
+        before = newest(killed)
+        if moment == "cache":
+            shutil.rmtree(features, ignore_errors=True)
+        times = rng.randint(1, {"training": 60, "saving": 4, "evaluation": 3, "cache": 3}.get(moment, 1))
+        delay = rng.uniform(0, {"any": 15, "compile": 1}.get(moment, 0.1))
+        how = (moment, str(times), str(delay), str(boundaries))
+        process = script(STRUCK, *how, *started("killed"), PYTHONUNBUFFERED="1")
+        out, err = process.communicate(timeout=3000)
+        resumed = [line for line in out.splitlines() if line.startswith("resumed from step")]
+        assert not resumed or f"resumed from step {before};" in resumed[0]
+        assert "damaged" not in out
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills[moment] = kills.get(moment, 0) + 1
+        left = [p for p in killed.rglob("*") if p.suffix == ".tmp" or "orbax-checkpoint-tmp" in p.name]
+        left = [p for p in left if "orbax-checkpoint-tmp" not in p.parent.name]
+        partial = list(features.rglob("*.tmp"))
+        remains = max(remains, len(left) + len(partial))
+        assert len(list((killed / "checkpoints").glob("[0-9]*"))) <= 5
+    assert sum(kills.values()) >= 50, kills
+    assert len(list(boundaries.iterdir())) == 2
+    assert remains <= 3, "what kills leave has to be cleared away by the next start"
+    assert not list(features.rglob("*.tmp"))
+    assert all(p.name.isdigit() for p in (killed / "checkpoints").iterdir())
+    assert end(killed) == end(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_twenty_random_moments_loses_nothing(tiny, tmp_path, processes):
+    """Of two processes either may get it: both save the same step, and the launcher's exit code says start me again."""
+    rng, argv = random.Random(), [*tiny, *MORE, "--config.train_for=2000 steps"]
+    start = lambda path: (launch if processes > 1 else functools.partial(command, "tljax.train"))(
+        *argv, f"--workdir={path}"
+    )
+    whole = start(tmp_path / "whole")
+    out, err = whole.communicate(timeout=3000)
+    assert whole.returncode == 0, err
+    first_step = float(re.search(r"first step ([0-9.]+) s after the command", out)[1])
+
+    stopped, codes = tmp_path / "stopped", []
+    for _ in range(100):
+        before, process = newest(stopped), start(stopped)
+        if len(codes) < 20:
+            time.sleep(first_step * rng.uniform(0, 1.5))
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            one = rng.choice(children) if processes > 1 and children and rng.random() < 0.7 else process.pid
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(one), signal.SIGTERM)
+        out, err = process.communicate(timeout=3000)
+        codes.append(process.returncode)
+        assert process.returncode in (0, 143, -signal.SIGTERM), (out, err)
+        assert "Traceback" not in err
+        if process.returncode == 0:
+            break
+        said = re.findall(r"stopped by SIGTERM at step (\d+), saved", out)
+        assert newest(stopped) == int(said[0]) if said else newest(stopped) >= before
+        with Lock(stopped) as free:  # nobody is in the workdir
+            free.take()
+    assert len(codes) > 20
+    assert 143 in codes
+    assert end(stopped) == end(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_other_processes_have_files_of_their_own(tmp_path, capsys):
     it._process = 3
     assert it._look(it.clock.since + 601)
     assert [p.name for p in tmp_path.iterdir()] == ["stacks-3.txt"]
-    assert capsys.readouterr().err.startswith("process 3: no step for 10 min 01 s")
+    assert capsys.readouterr().err.startswith("no step for 10 min 01 s")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from tljax import durations
 from tljax.errors import UserError, listing, nearest, unknown
+from tljax.files import parsed
 
 
 def base(model: str = "efficientnet_lite0") -> ConfigDict:
@@ -116,7 +117,10 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
-    config.parallel.fsdp = 1  # devices over which each large leaf is laid
+    config.parallel.data = -1  # devices over which only the batch is laid; -1: the rest
+    config.parallel.fsdp = 1  # devices over which each large leaf is laid, too; -1: the rest
+    config.parallel.frozen_dtype = ""  # what never trains is stored so: "" as it is, or config.dtype
+    config.parallel.remat = ""  # "stages": the backward pass computes a stage's activations again; "": keeps them
     config.parallel.members = 0  # devices over which the members of a sweep are laid; 0: all there are
     return config
 
@@ -167,7 +171,10 @@ def nbytes(value: str, field: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", value)
     if not match:
         raise UserError(f"config.{field} = {value!r}: expected a number of {listing(UNITS)}, as '4 GB'")
-    return round(float(match[1]) * UNITS[match[2]])
+    count = float(match[1]) * UNITS[match[2]]
+    if not count < 2**63:
+        raise UserError(f"config.{field} = {value!r}: expected fewer than 2**63 bytes")
+    return round(count)
 
 
 CHOICES = {
@@ -185,8 +192,10 @@ CHOICES = {
     "metric": ("val/nll", "val/accuracy", "val/macro_f1"),
     "select": ("last", "best"),
     "parallel.mode": ("jit", "pmap"),
+    "parallel.frozen_dtype": ("", "bfloat16", "float16"),
+    "parallel.remat": ("", "stages"),
 }
-AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "parallel.fsdp", "data.threads"), 1) | dict.fromkeys(
+AT_LEAST = dict.fromkeys(("batch_size", "optim.accumulate", "data.threads"), 1) | dict.fromkeys(
     ("seed", "image_size", "cache_views", "label_smoothing", "ema", "early_stop", "data.num_classes", "data.fold_seed",
      "data.limit", "parallel.members", "source.limit", "augment.mixup", "augment.cutmix", "optim.lr",
      "optim.weight_decay", "optim.momentum", "optim.b1", "optim.b2", "optim.clip"), 0,
@@ -255,7 +264,7 @@ def from_json(text: str) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    return ConfigDict(tuples(parsed(text)))
 
 
 def digest(config: ConfigDict) -> str:
@@ -266,6 +275,8 @@ def digest(config: ConfigDict) -> str:
 
 # How a run is watched, and no part of what it computes: it may go on, in the same folder, under others.
 WATCHING = ("stall", "profile", "wandb")
+# How a run is laid over its devices, and no part of what it computes: it may go on under others.
+ELASTIC = ("parallel.mode", "parallel.data", "parallel.fsdp", "parallel.remat")
 
 
 def differences(old: ConfigDict, new: ConfigDict, but: Container[str] = ()) -> list[str]:
@@ -281,7 +292,8 @@ def call(text: str, functions: dict, kind: str):
     """
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    # Also of null bytes, and of what is nested too deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)") from None
 
     def value(node):
@@ -295,7 +307,7 @@ def call(text: str, functions: dict, kind: str):
             return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{kind} {text!r}: {ast.unparse(node)!r} is neither a call nor a value") from None
 
     def invoke(name, positional, named):

@@ -219,8 +219,9 @@ def main_lines(config, num_classes: int, given: str, devices: str, picture: str)
     # Before jax starts: so many devices are pretended where there is only the processor.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(int(devices or 1), jax.config.jax_num_cpu_devices))
-    if config.parallel.fsdp > int(devices or 1):
-        raise UserError(f"config.parallel.fsdp = {config.parallel.fsdp}: give --devices={config.parallel.fsdp} or more")
+    asked = abs(config.parallel.data * config.parallel.fsdp)
+    if asked > int(devices or 1):
+        raise UserError(f"config.parallel asks for {asked} devices: give --devices={asked} or more")
     found, said = compare(config, num_classes, strategies_of(given), int(devices or 1))
     lines = [table(found), *said]
     if given:

@@ -123,7 +123,7 @@ def summary(run, steps: int) -> dict:
         },
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
-        "time": {k: round(v, 2) for k, v in (run.clock.seconds | {"total": time.time() - STARTED}).items()},
+        "time": {k: round(v, 2) for k, v in (run.clock.seconds | {"total": time.perf_counter() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
         "input_wait": waited(run),

@@ -1,12 +1,13 @@
 """Repeats the final figures of a run from its checkpoint: `python -m tljax.evaluate --workdir=…`."""
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
     "config": False,
     "workdir": "the run",
     "checkpoint": "best, last or a step (default: what config.select says)",
+    **cluster.FLAGS,
 }
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     workdir = Workdir(flags.workdir)
     config = workdir.config()
-    parallel.start()
+    cluster.join(flags, config, "tljax.evaluate")
     console = Console(enabled=jax.process_index() == 0)
     dataset = data.load(config.data)
     exp, layout, params, stats, notes = restore(workdir, flags.checkpoint)

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from tljax import adapters, cache, delta, models, optim, phases, regularisers, strategies, weights
+from tljax import adapters, cache, delta, frozen_dtype, models, optim, phases, regularisers, strategies, weights
 from tljax import plan as plans
 from tljax.adapters import files
 from tljax.config import base, check, duration
@@ -70,6 +71,18 @@ class Experiment:
         trained = {leaf.path for _, plan in self.plans for leaf in plan.trainable} & own
         return regularisers.resolve(regulariser, self.shapes["params"], trained, self.reset)
 
+    @functools.cached_property
+    def narrow(self) -> frozenset[str]:
+        """The paths of the parameters that are stored in `config.parallel.frozen_dtype`."""
+        return frozen_dtype.narrow(self)
+
+    @functools.cached_property
+    def stored(self) -> dict:
+        """As `shapes`, in the dtypes in which a run stores them: on its devices and in its checkpoints."""
+        dtype, (leaves, structure) = self.config.parallel.frozen_dtype, jax.tree.flatten(self.shapes["params"])
+        cast = lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype) if path in self.narrow else leaf
+        return self.shapes | {"params": structure.unflatten(map(cast, self.paths, leaves))}
+
     def features(self, plan: plans.Plan) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what a plan's frozen prefix makes of one image."""
         size = self.preprocessing.size
@@ -115,12 +128,12 @@ class Experiment:
             model, plan, tx, mean=p.mean, std=p.std, num_classes=self.model.num_classes,
             smoothing=numbers.label_smoothing, mixup=config.augment.mixup, cutmix=config.augment.cutmix,
             ema=config.ema, accumulate=config.optim.accumulate, seed=numbers.seed, axis_name=layout.axis_name,
-            penalty=self.penalty, **more,
+            penalty=self.penalty, remat=bool(config.parallel.remat), **more,
         )  # fmt: skip
 
     def state_shapes(self, plan: plans.Plan, tx: optax.GradientTransformation) -> State:
         """Shapes and dtypes of the training state under a plan."""
-        params, stats = self.shapes["params"], self.shapes["batch_stats"]
+        params, stats = self.stored["params"], self.stored["batch_stats"]
         anchor = lambda params: self.penalty and self.penalty.anchor(params, params)
         return jax.eval_shape(lambda p, s: init_state(plan, tx, p, s, self.config.ema, anchor(p)), params, stats)
 
@@ -163,7 +176,10 @@ class Experiment:
         return plan, delta.fill(state, plan, self.load()[:2], digests, layout, name)
 
     def load(self) -> tuple[dict, dict, weights.Report | None]:
-        """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed."""
+        """Returns (params, batch_stats, report): weights from the card, the rest initialised from the seed.
+
+        They are as a run stores them (`stored`).
+        """
         config, report, values = self.config, None, {}
         if self.card is not None:
             own = _own(self.model, self.shapes)
@@ -180,6 +196,8 @@ class Experiment:
         key, size = jax.random.key(config.seed), self.preprocessing.size
         values |= plans.flat(models.initialise(self.model, key, size, only=new))
         values |= files.stored(self.model, values, config.reset)
+        narrow = {f"params/{path}" for path in self.narrow}
+        values |= {path: np.asarray(values[path]).astype(config.parallel.frozen_dtype) for path in narrow}
         structure = jax.tree.structure(self.shapes)
         variables = structure.unflatten([values[path] for path in plans.paths(self.shapes)])
         return variables["params"], variables["batch_stats"], report
@@ -202,6 +220,7 @@ def build(config: ConfigDict, classes: int | Sequence[str], layout: Layout | Non
     named, num_classes = ((), classes) if isinstance(classes, int) else (tuple(classes), len(classes))
     Augment.of(config.augment)
     cache.check(config)
+    frozen_dtype.check(config)
     card = card_of(config)
     if config.checkpoint.delta and card is None:
         raise UserError("config.checkpoint.delta = True needs config.weights: random weights are no base to go back to")
@@ -288,6 +307,9 @@ def plan_table(experiment: Experiment):
         "norm_stats": None if config.norm_stats == "plan" else config.norm_stats,
         "digest": plan.digest[:16],
     }
+    if experiment.narrow:
+        count = sum(leaf.size for leaf in plan.leaves if leaf.path in experiment.narrow)
+        totals[f"stored in {config.parallel.frozen_dtype}"] = f"{count:,} values that never train"
     if len(experiment.plans) > 1:
         for i, (length, earlier) in enumerate(experiment.plans, 1):
             totals[f"phase {i}, {length}"] = f"{earlier.totals()['trainable']:,} train, in {live_spans(earlier)}"

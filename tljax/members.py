@@ -113,7 +113,7 @@ class Members:
 
     def shapes(self, count: int) -> tuple[State, State]:
         """The shapes of `begin`'s (own, shared) for so many members."""
-        params, stats = self.exp.shapes["params"], self.exp.shapes["batch_stats"]
+        params, stats = self.exp.stored["params"], self.exp.stored["batch_stats"]
         shaped = self.exp.state_shapes(self.plan, self._optimizer())
         own, shared = part(shaped._replace(step=None, params=params, stats=stats), self.plan)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), own), shared

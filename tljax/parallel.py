@@ -1,8 +1,9 @@
 """Where things live: the mesh, the placement of state and batches, and the compiled steps (jit or pmap)."""
 
 import functools
+import math
 import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,53 +21,32 @@ FSDP_LEAST = 2**14  # values; smaller leaves stay whole: gathering them costs mo
 
 
 def start() -> None:
-    """What comes before the first use of a device: the compilation cache, and joining the other processes."""
+    """What comes before the first use of a device: the compilation cache, and threads for fake devices."""
     if int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1:
         # With fewer threads than fake CPU devices their collectives can wait for each other for ever.
         os.environ.setdefault("PJRT_NPROC", "16")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(files.cached("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    join()
-
-
-def join() -> None:
-    """Joins the other processes where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so."""
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if os.environ.get(name)]
-    if not given:
-        return
-    if len(given) < len(names):
-        raise UserError(f"{', '.join(given)} set, but not {', '.join(set(names) - set(given))}: set all or none")
-    address, count, index = (os.environ[name] for name in names)
-    if count == "1":
-        return
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: expected 0 <= id < number")
-    try:
-        jax.distributed.initialize(address, int(count), int(index))
-    except RuntimeError as error:
-        raise UserError(f"cannot join the other processes at {address}: {' '.join(str(error).split())}") from error
-    # gloo, which joins CPUs, announces its connections on file descriptor 1: Python keeps the real one to itself.
-    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Layout:
-    """The devices of a run (all, or the first `devices`) and how arrays lie on them, from `config.parallel`.
+    """The devices of a run and how arrays lie on them, from `config.parallel`.
 
-    Raises UserError where the sizes do not divide.
+    The devices are all that there are, or the first so many of them, or those given: a topology's will do for
+    compiling. Raises UserError where the sizes do not fit.
     """
 
-    def __init__(self, config: ConfigDict, batch_size: int, accumulate: int = 1, devices: int | None = None):
+    def __init__(self, config: ConfigDict, batch_size: int, accumulate: int = 1, devices: int | Sequence | None = None):
         self.mode, self.batch_size = config.mode, batch_size
+        given = devices if isinstance(devices, Sequence) else jax.devices()
         # Process by process: the parts of a batch lie in the order of the processes that read them.
-        self.devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
+        ordered = sorted(given, key=lambda d: (d.process_index, d.id))
+        self.devices = ordered[:devices] if isinstance(devices, int) else ordered
         self.local = [d for d in self.devices if d.process_index == jax.process_index()]
         count = len(self.devices)
-        if count % config.fsdp:
-            raise UserError(f"config.parallel.fsdp = {config.fsdp} does not divide the {count} devices")
-        if self.mode == "pmap" and config.fsdp > 1:
+        data, fsdp = mesh_sizes(config.get("data", -1), config.fsdp, count)
+        if self.mode == "pmap" and fsdp > 1:
             raise UserError("config.parallel.fsdp needs config.parallel.mode = 'jit'")
         if self.mode == "pmap" and jax.process_count() > 1:
             raise UserError(
@@ -78,7 +58,7 @@ class Layout:
                 f"config.batch_size = {batch_size} is not divisible by {count} devices"
                 + (f" × {accumulate} parts of config.optim.accumulate" if accumulate > 1 else "")
             )
-        self.mesh = Mesh(np.array(self.devices).reshape(-1, config.fsdp), BATCH)
+        self.mesh = Mesh(np.array(self.devices).reshape(data, fsdp), BATCH)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH))
 
@@ -87,6 +67,10 @@ class Layout:
         """Plain data parallelism over the devices that are here, whatever a run was trained on."""
         count = jax.device_count()
         return cls(ConfigDict({"mode": "jit", "fsdp": 1}), -(-batch_size // count) * count)
+
+    def __str__(self):
+        data, fsdp = self.mesh.devices.shape
+        return self.mode + (f", data {data} × fsdp {fsdp}" if fsdp > 1 else "")
 
     @property
     def axis_name(self) -> str | None:
@@ -189,6 +173,30 @@ class Layout:
         if not all(map(reached, jax.tree.leaves(tree))):
             tree = self._gather(tree)
         return jax.tree.map(np.asarray, tree)
+
+
+def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    """The sizes of the mesh's axes over so many devices, from `config.parallel`'s, of which -1 is the rest.
+
+    Raises UserError where they do not multiply to the devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp}
+    for name, size in sizes.items():
+        if size < -1 or not size:
+            raise UserError(f"config.parallel.{name} = {size}: expected a number of devices, or -1 for the rest")
+    open_ = [name for name, size in sizes.items() if size == -1]
+    if len(open_) == 2:
+        raise UserError("config.parallel.data and config.parallel.fsdp are both -1: only one of them can be the rest")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_ and count % fixed:
+        (name,) = set(sizes) - set(open_)
+        raise UserError(f"config.parallel.{name} = {fixed} does not divide the {count} devices")
+    if not open_ and fixed != count:
+        raise UserError(
+            f"config.parallel.data × config.parallel.fsdp = {data} × {fsdp} = {fixed}, but there are {count} devices; "
+            "-1 takes the rest"
+        )
+    return tuple(size if size != -1 else count // fixed for size in (data, fsdp))
 
 
 class Spread:

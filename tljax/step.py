@@ -1,5 +1,6 @@
 """The pure steps: one update of the trainable leaves, and logits of a batch."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,7 @@ def make_train_step(
     model, plan: Plan, tx: optax.GradientTransformation, *, mean, std, num_classes: int,
     smoothing: float | jax.Array = 0.0, mixup: float = 0.0, cutmix: float = 0.0, ema: float = 0.0, accumulate: int = 1,
     seed: int | jax.Array = 0, axis_name: str | None = None, penalty=None, start: str | None = None,
-    mix_at: str | None = None,
+    mix_at: str | None = None, remat: bool = False,
 ):  # fmt: skip
     """Returns `train_step(state, batch) -> (state, metrics)`, pure and with global semantics.
 
@@ -108,21 +109,39 @@ def make_train_step(
     step is one device's part under `jax.pmap`, and gives what the global program under `jax.jit` gives.
 
     With `start`, a stage behind the frozen prefix, the batch has "features" instead of "image": what that stage
-    takes. With `mix_at`, such a stage, mixup and CutMix mix what it takes, and not images.
+    takes. With `mix_at`, such a stage, mixup and CutMix mix what it takes, and not images. With `remat` the backward
+    pass keeps only what enters each stage, and computes the rest again (`jax.checkpoint`).
     """
     from tljax.data.mix import mix, soft_targets
 
     mixes = bool(mixup or cutmix)
     begin = mix_at if mixes and mix_at else start  # where the differentiated part of the network begins
 
-    def loss_fn(trainable, frozen, stats, images, targets, key):
-        variables = {"params": plan.merge(trainable, frozen), "batch_stats": stats}
-        behind = {} if begin is None else {"start": begin}  # a model need not know of stages to be trained whole
+    def forward(params, stats, images, key, **between):
+        variables = {"params": params, "batch_stats": stats}
         logits, moved = model.apply(
-            variables, images, live=plan.live, rngs={"dropout": key}, mutable=["batch_stats"], **behind
+            variables, images, live=plan.live, rngs={"dropout": key}, mutable=["batch_stats"], **between
         )
+        return logits, moved.get("batch_stats", stats)
+
+    def forward_by_stage(params, stats, x, key):
+        behind = plan.stages[len(plan.prefix) :]
+        if begin in behind:
+            behind = behind[behind.index(begin) :]
+        elif plan.prefix:  # no gradient runs through it: nothing of it is kept, and nothing is computed again
+            x, _ = forward(params, stats, x, key, start=begin, stop=plan.cut)
+        for stage, after in zip(behind, (*behind[1:], None)):
+            own = [{stage: tree[stage]} if stage in tree else {} for tree in (params, stats)]
+            x, moved = jax.checkpoint(functools.partial(forward, start=stage, stop=after))(*own, x, key)
+            stats = stats | moved
+        return x, stats
+
+    def loss_fn(trainable, frozen, stats, images, targets, key):
+        between = {} if begin is None else {"start": begin}  # a model need not know of stages to be trained whole
+        run = forward_by_stage if remat else functools.partial(forward, **between)
+        logits, stats = run(plan.merge(trainable, frozen), stats, images, key)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (moved.get("batch_stats", stats), logits)
+        return loss, (stats, logits)
 
     def gradients(state, images, targets, labels, key):
         trainable, frozen = plan.split(state.params)

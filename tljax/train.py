@@ -4,11 +4,12 @@ Reads top to bottom: config, data, model and plan by shapes, weights, optimizer,
 and the final figures (`tljax.ending`).
 """
 
-from tljax import command, pages
+from tljax import cluster, command, pages
 
 USAGE = {
     "description": __doc__,
     "workdir": "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there",
+    **cluster.FLAGS,
 }
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
@@ -31,6 +32,7 @@ from tljax.errors import Diverged, UserError
 from tljax.evaluate import Evaluator
 from tljax.keeper import Keeper
 from tljax.leaks import lint
+from tljax.lock import Lock
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, numbers_of, part, whole
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
     flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     configs.check(flags.config)
-    parallel.start()
+    cluster.join(flags, flags.config, "tljax.train")
     first = jax.process_index() == 0
     path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
     run = Run(flags.config, Workdir(path, writes=first), Console(enabled=first))
@@ -57,7 +59,8 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
-        self.clock = Clock(start=time.time() - STARTED)
+        self.lock = Lock(workdir.path)
+        self.clock = Clock(start=time.perf_counter() - STARTED)
         self.watch = Watch(config, workdir, self.clock, console)
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
@@ -66,10 +69,11 @@ class Run:
 
     def train(self) -> int:
         """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
-        return self.watch.over(self.work)
+        with self.lock:
+            return self.watch.over(self.work)
 
     def work(self) -> int:
-        """What `train` watches: all of it."""
+        """What `train` does; from the moment at which it writes no other run may be in the workdir."""
         config = self.config
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
@@ -96,6 +100,8 @@ class Run:
             self.console.final(finished)
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
+        self.lock.take(self.console.print)
+        self.workdir.claim(config)  # again: two may have come at once
         self.watch.begin(self.total)
         with self.clock("model"):
             table = experiment.plan_table(self.exp)
@@ -104,10 +110,10 @@ class Run:
         self.console.plan(table)
 
         self.keeper = Keeper(self.workdir.path, self.layout)
-        latest = self.keeper.checkpoints.latest()
-        first = phases.index(self.phases, latest or 0)
         with self.clock("weights"):
-            state = self.begin() if latest is None else self.resume(latest)
+            state = self.keeper.newest(self.resume, self.console.print)
+            state = self.begin() if state is None else state
+        first = phases.index(self.phases, int(state.step))
         self.workdir.rewind(int(state.step))
         self.workdir.writers = writers.begin(config, self.workdir, self.console.print)
         self.evaluate = Evaluator(self.exp, self.layout, self.watch.alive)
@@ -135,7 +141,7 @@ class Run:
         weights = [f"{card.name}: {card.trained_on}, licence {card.licence}", card.note] if card else ["none: random"]
         self.console.header(
             {
-                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.config.parallel.mode})",
+                "devices": f"{len(devices)} × {devices[0].device_kind} ({self.layout})",
                 "versions": ", ".join(f"{k} {v}" for k, v in experiment.versions().items()),
                 "weights": list(filter(None, weights)),
                 "data": [f"{dataset.name}: {dataset.origin}, licence {dataset.licence}", *dataset.report],
@@ -204,9 +210,11 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
+        cluster.meet()
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
+        cluster.meet()
         return state
 
     def keep_features(self, state: State) -> None:
@@ -247,6 +255,7 @@ class Run:
     def save(self, state: State) -> None:
         """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
+            self.lock.check()
             self.workdir.flush()
             self.keeper.save(state, self.plan)
 
@@ -312,7 +321,7 @@ class Run:
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     if self.first_step is None:
-                        self.first_step = round(time.time() - STARTED, 2)
+                        self.first_step = round(time.perf_counter() - STARTED, 2)
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
                     self.clock.add("first step", self.clock.tick() - begun)
                     begun, counted = self.clock.tick(), 0  # what follows is the steady pace

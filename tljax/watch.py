@@ -114,11 +114,11 @@ class Watch:
         self.say(f"the devices have waited for input for {share} of the time in training; try {', '.join(more)}")
 
     def say(self, line: str) -> None:
-        """A line on the console, and on stderr with the number of the process where that is not 0."""
+        """A line on the console, and on stderr in processes other than 0 (`tljax.relay` gives it their number)."""
         if self.console.enabled:
             self.console.print(line)
         else:
-            print(f"process {self._process}: {line}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     # ---- the thread
 

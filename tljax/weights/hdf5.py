@@ -1,5 +1,6 @@
 """Reads Keras weights, `.h5` of Keras 2 and `.weights.h5` of Keras 3, through h5py (extra `keras`)."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ MAGIC = b"\x89HDF\r\n\x1a\n"
 # What an optimizer keeps beside the weights: `.h5` of Keras 2, `.weights.h5` of Keras 3.
 _OPTIMIZER = ("optimizer_weights", "optimizer")
 _DEPTH = 64
+# deflate, shuffle, fletcher32, LZF. Others make a few bytes any number, or are looked for in libraries elsewhere.
+_FILTERS = {1, 2, 3, 32000}
 _DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, AttributeError, MemoryError)
 
 
@@ -76,7 +79,7 @@ def _read(path: str, h5py: Any) -> Arrays:
             if isinstance(item, h5py.Group):
                 walk(item, f"{where}/", depth + 1)
             elif isinstance(item, h5py.Dataset):
-                own = _by_layer(prefix, group.attrs.get("name")) + name
+                own = _by_layer(prefix, _attribute(group, "name")) + name
                 entries[where if own in entries else own] = _entry(path, where, item)
             else:
                 raise UserError(f"{path}: {where!r} is neither a group nor an array")
@@ -89,6 +92,11 @@ def _read(path: str, h5py: Any) -> Arrays:
         file.close()
         raise
     return Arrays(entries)
+
+
+def _attribute(group: Any, name: str) -> Any:
+    """An attribute with one value; None where there is none, or many."""
+    return group.attrs[name] if name in group.attrs and group.attrs.get_id(name).shape == () else None
 
 
 def _by_layer(prefix: str, layer: Any) -> str:
@@ -104,7 +112,14 @@ def _entry(path: str, name: str, dataset: Any) -> Entry:
         raise UserError(f"{path}: the numbers of {name!r} lie in another file; not read")
     if dataset.shape is None or dataset.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name!r} is of type {dataset.dtype}, which is not read")
-    shape, size, there = tuple(dataset.shape), dataset.nbytes, dataset.id.get_storage_size()
+    made = dataset.id.get_create_plist()
+    filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+    if len(set(filters)) < len(filters) or not _FILTERS.issuperset(filters):
+        raise UserError(f"{path}: {name!r} is compressed in a way that is not read (filters {filters})")
+    shape, size = tuple(dataset.shape), dataset.nbytes
+    there = min(dataset.id.get_storage_size(), os.path.getsize(path))
+    if dataset.chunks:  # one is unpacked as a whole
+        size = max(size, math.prod(dataset.chunks) * dataset.dtype.itemsize)
     # Without this a file of a few bytes could ask for any number of gigabytes of its fill value.
     if size > there * (DEFLATE if dataset.chunks else 1):
         raise ValueError(f"{name} of shape {shape} claims {size} bytes but has {there}")
