@@ -131,6 +131,19 @@ def test_what_is_no_run_is_named_behind_the_others(tmp_path, capsys, monkeypatch
         status.main([])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", '{"metric": ["a"]}'), ("config.json", "[" * 10**5), ("metrics.jsonl", "[" * 10**5),
+     ("heartbeat.json", '{"step": "many"}'), ("summary.json", "[1]"), ("config.json", '{"sweep": 1}'),
+     ("metrics.jsonl", '{"step": 1, "train/loss": {}, "images_per_second": "x"}')],
+)  # fmt: skip
+def test_damaged_files_hide_no_other_run(tmp_path, capsys, name, content):
+    run(tmp_path / "a")
+    (run(tmp_path / "b") / name).write_text(content)
+    assert status.main([f"{tmp_path}/*"]) == 0
+    assert f"{tmp_path}/a" in capsys.readouterr().out
+
+
 def test_a_sweep_is_a_row_too(tmp_path):
     (tmp_path / "plans" / "p").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"name": "s", "metric": "val/accuracy", "sweep": {"seed": [0]}}))

@@ -85,20 +85,30 @@ def _no_run(names: list[str], asked: bool) -> str:
     return f"{first} {found}: expected a folder with the config.json that tljax.train leaves there{more}"
 
 
-def look(folder: Path, now: float | None = None) -> dict:
+def look(folder: Path) -> dict:
     """What a workdir tells of its run; None for what it does not tell.
 
     "state" is one of finished, running, stalled, stopped, diverged, failed, killed, silent (on another machine, and
     its heartbeat is late) and unknown (no heartbeat); "why" says more. Times are in seconds.
     """
-    now = time.time() if now is None else now
+    try:
+        return _look(folder, time.time())
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # one damaged file hides no other run
+        return {
+            "workdir": str(folder), "kind": "run", "name": None, "state": "unknown",
+            "why": f"its files cannot be read: {type(error).__name__}: {error}", "step": None, "total": None,
+            "val": {"metric": None, "value": None},
+        }  # fmt: skip
+
+
+def _look(folder: Path, now: float) -> dict:
     config, summary, beat = (_read(folder / name) for name in ("config.json", "summary.json", "heartbeat.json"))
     if not all(isinstance(beat.get(key), int | float) for key in ("time", "since", "alive", "every")):
         beat = {}  # not what a run writes
     if "sweep" in config:
         return _sweep(folder, config)
     rows = _tail(folder / "metrics.jsonl")
-    last = lambda key: next((row[key] for row in reversed(rows) if key in row), None)
+    last = lambda key: next((row[key] for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
     steps = [row["step"] for row in (*rows, beat) if isinstance(row.get("step"), int)]
     state, why = _state(summary, beat, now)
     alive = state in ("running", "stalled")
@@ -211,7 +221,7 @@ def _tail(file: Path) -> list[dict]:
         return []
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # the first may be cut, and the last half written
+        with contextlib.suppress(ValueError, RecursionError):  # the first may be cut, and the last half written
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
