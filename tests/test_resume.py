@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import command, launch, script
+from conftest import command, script
 from test_delta import weights_file
 
 from tljax import evaluate, plan, train
