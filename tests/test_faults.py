@@ -164,7 +164,7 @@ def never_wrong(saved: Path, tmp_path: Path, times: int, seed: int) -> int:
 
 def test_a_damaged_checkpoint_is_noticed_or_does_no_harm(saved, tmp_path):
     """Some of orbax's files are not read again: whatever happens to them, what comes back is right."""
-    assert never_wrong(saved, tmp_path, times=12, seed=0) >= 3
+    assert never_wrong(saved, tmp_path, times=8, seed=0) >= 2
 
 
 @pytest.mark.slow
@@ -275,12 +275,11 @@ ONE_OF_TWO = """
 import pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tljax import parallel
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.lock import Lock
-parallel.start()
-path, doing = pathlib.Path(sys.argv[1]), sys.argv[2]
+path, doing, address, index = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(address, 2, int(index))
 value = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
 mesh = Mesh(np.array(jax.devices()), ("x",))
 laid = lambda *spec: jax.make_array_from_callback(
@@ -310,8 +309,8 @@ def two(path: Path, doing: str) -> list[str]:
     """The line that each of two processes says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-    started = [script(ONE_OF_TWO, str(path), doing, devices=2, JAX_PROCESS_ID=str(i), **environment) for i in range(2)]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [script(ONE_OF_TWO, str(path), doing, address, str(i), devices=2) for i in range(2)]
     said = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     return [out.splitlines()[-1] for out, _ in said]

@@ -16,13 +16,14 @@ from test_launch import EXACT, assert_same
 from test_resume import KILLED, end
 
 from tljax import command as command_line
-from tljax import config, files, stores, sweep, train, workdir
+from tljax import config, files, status, stores, sweep, train, workdir
 from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("s3fs")
+BEAT = ("time", "since", "alive", "every")
 # gcsfs and s3fs are asked by one process for one address each: they, and tensorstore, remember where it led.
 FAKES = {"gs": fake_gcs, "s3": fake_s3}
 
@@ -107,6 +108,28 @@ def test_rows_reach_the_store_by_the_clock_too(held, monkeypatch):
     run.rewind(0)
     run.log({"step": 1})
     assert held["gs"].read("gs://bucket/a/metrics.jsonl") == b'{"step": 1}\n'
+
+
+@pytest.mark.parametrize("scheme", FAKES)
+def test_status_of_runs_in_a_store(held, scheme):
+    place, there = f"{scheme}://bucket/runs/a", held[scheme]
+    run = Workdir(place)
+    run.claim(tiny_config())
+    run.rewind(0)
+    run.log({"step": 8, "train/loss": 0.5})
+    run.flush()
+    run.write("heartbeat.json", json.dumps({"end": "stopped", "why": "by SIGTERM"} | dict.fromkeys(BEAT, 1.0)))
+    marker = {"gs": "commit_success.txt", "s3": "whole.json"}[scheme]
+    for name in (f"6/{marker}", "7/half"):
+        there.put("bucket", f"runs/a/checkpoints/{name}", b"{}")
+    there.put("bucket", "runs/other/file", b"")
+    for given in (place, f"{scheme}://bucket/runs/*"):
+        folders, others = status.find([given])
+        assert ([os.fspath(folder) for folder in folders], others) == ([place], [])
+        told = status.look(folders[0])
+        assert (told["state"], told["why"], told["loss"]) == ("stopped", "by SIGTERM", 0.5)
+        assert (told["step"], told["checkpoint"]["step"]) == (8, 6)
+    assert status.find([f"{scheme}://bucket/runs/other"])[1]
 
 
 def state(step):

@@ -164,7 +164,7 @@ class Claim(contextlib.AbstractContextManager):
 
     def __exit__(self, *_):
         self._end.set()
-        self._thread.join()
+        self._thread.join(timeout=10)  # it may hang in a file system that is away
         with contextlib.suppress(OSError):  # a full disk: the claim is free when this process ends
             self.path.with_name(f"{self.path.name}.left").touch()
 

@@ -101,8 +101,8 @@ class Heartbeat:
 
     def __init__(self, folder: Path, last: "claims.Last", say: Callable[[str], None]):
         self.folder, self.last = folder, last
-        # Two beats are enough where it is old already. (It may seem so where the clock has jumped.)
-        self.patience = claims.STALE / 5 if claims.age(folder, last) > claims.STALE else claims.STALE
+        # Two beats at least: it may seem old where the clock has jumped.
+        self.patience = max(claims.STALE / 5, claims.STALE - claims.age(folder, last))
         self.begun = time.monotonic()
         host, pid = (last.identity.get(name, "?") for name in ("host", "pid"))
         say(f"process {pid} on {host} was here before: looking for {self.patience:.0f} s whether it lives")
