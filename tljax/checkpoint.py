@@ -65,6 +65,7 @@ class Checkpoints:
         place, self.failures = self.folder, (OSError, ValueError)
         if stores.is_remote(self.folder):
             self.failures = (Exception,)  # a store's library raises any kind
+            stores.place(self.folder, "checkpoints")  # before orbax makes a file system of its own, with a cache
             if not self.folder.startswith("gs://"):  # the one that orbax and tensorstore write to
                 self.staging = Staging(self.folder, create)
                 place = self.staging.near
