@@ -106,6 +106,7 @@ if [ -n "$DRY_RUN" ]; then
 fi
 
 trap 'rm -rf "$scratch"; echo "the slice $NAME may still cost: \`$0 down\` deletes it, the same command goes on" >&2' EXIT
+trap 'exit 130' INT  # also where gcloud, which gets it first, ends as if it had failed
 failed=0 installed='' ran=''
 while true; do
   found=$(state)
@@ -119,10 +120,11 @@ while true; do
         if install; then installed=1; else code=1; fi
       fi
       if [ -n "$installed" ]; then ran=1; train "$@" || code=$?; fi
-      if ((code == 0 || code == 2)); then break; fi
+      if ((code == 0)); then break; fi
       echo "exit code $code" >&2
       sleep "$POLL"
-      if [ "$(state)" = ACTIVE ] && ((code != 143 && ++failed > RETRIES)); then break; fi
+      if [ "$(state)" != ACTIVE ]; then continue; fi  # preempted: hosts that are left may miss the others, and say 2
+      if ((code == 2 || (code != 143 && ++failed > RETRIES))); then break; fi
       ;;
     *) echo "$NAME: $found" >&2; sleep "$POLL" ;;
   esac

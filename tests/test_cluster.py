@@ -288,9 +288,9 @@ def main(_):
     if act == "meet":
         time.sleep(index / 10)
         print(f"{time.time()}", flush=True)
-        cluster.meet()
+        cluster.meet(weights=lambda: "abc")
         print(f"{time.time()}", flush=True)
-        return 0
+        cluster.meet(step=lambda: index // 2)
     print("joined", flush=True)
     if act == "fail":
         raise UserError("a photograph is broken")
@@ -313,14 +313,15 @@ def three(address, *acts: str):
 
 def ends(processes) -> list[tuple[int, str]]:
     """(exit code, stderr) of each."""
-    said = [process.communicate(timeout=60)[1] for process in processes]
+    said = [process.communicate(timeout=200)[1] for process in processes]
     return [(process.returncode, err) for process, err in zip(processes, said)]
 
 
-def test_processes_meet(address):
+def test_processes_meet_and_differ(address):
     processes = [script(MEMBER, str(i), address, "meet") for i in range(3)]
-    said = [process.communicate(timeout=60) for process in processes]
-    assert [(process.returncode, err) for process, (_, err) in zip(processes, said)] == [(0, "")] * 3
+    said = [process.communicate(timeout=200) for process in processes]
+    differ = "error: the processes differ: the step is 0 on processes 0, 1 and 1 on process 2 ("
+    assert [(process.returncode, err[: len(differ)]) for process, (_, err) in zip(processes, said)] == [(2, differ)] * 3
     before, after = zip(*(map(float, out.split()) for out, _ in said))
     assert max(before) <= min(after)
 

@@ -2,37 +2,26 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import changed, command, script
+from conftest import changed, command, launch, script
 from test_resume import KILLED
 
 from tljax import evaluate, train
 from tljax.workdir import Workdir
 
-SCRIPT = Path(__file__).parent.parent / "launch" / "local.sh"
 # Gradients are summed in another order: 24 steps end within a relative 4e-7 (measured).
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 TIMEOUT = 400  # seconds
 EXACT = {"rtol": 0, "atol": 0}
-
-
-def launch(*argv: str, processes: str = "2") -> subprocess.Popen:
-    """Starts launch/local.sh with two CPU devices a process."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "16", "PYTHON": sys.executable}
-    return subprocess.Popen(
-        [SCRIPT, processes, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def together(text: str, argvs, processes: int, devices: int) -> list[subprocess.Popen]:

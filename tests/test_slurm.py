@@ -59,12 +59,12 @@ class Job:
         """A field of the job, as SLURM shows it."""
         return re.search(rf"\b{name}=(\S+)", self.said("scontrol", "show", "job", self.number))[1]
 
-    def until(self, done, seconds: float = 300) -> None:
+    def until(self, done, seconds: float = 900) -> None:
         """Waits for something to be true."""
         deadline = time.time() + seconds
         while not done():
             assert time.time() < deadline, (self.said("scontrol", "show", "job", self.number), self.log())
-            time.sleep(0.1)
+            time.sleep(0.5)
 
     def ended(self) -> str:
         """The state in which the job ends."""
@@ -150,9 +150,9 @@ def test_the_command_submits_what_it_shows(slurm, tmp_path, monkeypatch, capfd):
 
 def test_a_requeued_run_resumes_exactly(slurm, tiny, tmp_path):
     """A real run, preempted in the middle: metrics and figures are those of one that was never stopped."""
-    long = {"train_for": "400 steps", "eval_every": "200 steps", "checkpoint_every": "100 steps", "cache": "off"}
+    long = {"train_for": "200 steps", "eval_every": "100 steps", "checkpoint_every": "50 steps", "cache": "off"}
     whole = command("tljax.train", *changed(tiny, tmp_path / "whole", **long))
-    assert whole.wait(timeout=500) == 0
+    assert whole.wait(timeout=900) == 0
     environment = slurm | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(templates.folder().parent)}
     job = Job(environment, tmp_path, *changed(tiny, tmp_path / "run", **long), python=sys.executable)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -160,7 +160,7 @@ def test_a_requeued_run_resumes_exactly(slurm, tiny, tmp_path):
     job.said("scontrol", "requeue", job.number)
     assert job.ended() == "COMPLETED"
     step = int(re.search(r"stopped by SIGTERM at step (\d+), saved", job.log())[1])
-    assert 0 < step < 400
+    assert 0 < step < 200
     assert f"resumed from step {step}" in job.log()
     rows, others = (Workdir(tmp_path / name).rows() for name in ("run", "whole"))
     drop = lambda rows: [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
@@ -168,3 +168,13 @@ def test_a_requeued_run_resumes_exactly(slurm, tiny, tmp_path):
     summary, other = (Workdir(tmp_path / name).summary() for name in ("run", "whole"))
     for name in ("frozen", "val", "test"):
         assert summary[name] == other[name]
+
+
+def test_two_processes_of_a_job_are_one_run(slurm, tiny, tmp_path):
+    """Joined as SLURM's environment says; the metrics are written once."""
+    environment = slurm | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(templates.folder().parent)}
+    options = ["--ntasks=2", "--ntasks-per-node=2"]
+    job = Job(environment, tmp_path, *changed(tiny, tmp_path / "run"), options=options, python=sys.executable)
+    assert job.ended() == "COMPLETED"
+    assert Workdir(tmp_path / "run").summary()["devices"]["processes"] == 2
+    assert job.log().count("step 24/24") == 1

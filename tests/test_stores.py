@@ -11,18 +11,19 @@ import fake_s3
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, command, script
-from test_launch import EXACT, assert_same, launch
+from conftest import TINY, command, launch, script
+from test_launch import EXACT, assert_same
 from test_resume import KILLED, end
 
 from tljax import command as command_line
-from tljax import config, files, stores, sweep, train, workdir
+from tljax import config, files, status, stores, sweep, train, workdir
 from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("s3fs")
+BEAT = ("time", "since", "alive", "every")
 # gcsfs and s3fs are asked by one process for one address each: they, and tensorstore, remember where it led.
 FAKES = {"gs": fake_gcs, "s3": fake_s3}
 
@@ -109,6 +110,28 @@ def test_rows_reach_the_store_by_the_clock_too(held, monkeypatch):
     assert held["gs"].read("gs://bucket/a/metrics.jsonl") == b'{"step": 1}\n'
 
 
+@pytest.mark.parametrize("scheme", FAKES)
+def test_status_of_runs_in_a_store(held, scheme):
+    place, there = f"{scheme}://bucket/runs/a", held[scheme]
+    run = Workdir(place)
+    run.claim(tiny_config())
+    run.rewind(0)
+    run.log({"step": 8, "train/loss": 0.5})
+    run.flush()
+    run.write("heartbeat.json", json.dumps({"end": "stopped", "why": "by SIGTERM"} | dict.fromkeys(BEAT, 1.0)))
+    marker = {"gs": "commit_success.txt", "s3": "whole.json"}[scheme]
+    for name in (f"6/{marker}", "7/half"):
+        there.put("bucket", f"runs/a/checkpoints/{name}", b"{}")
+    there.put("bucket", "runs/other/file", b"")
+    for given in (place, f"{scheme}://bucket/runs/*"):
+        folders, others = status.find([given])
+        assert ([os.fspath(folder) for folder in folders], others) == ([place], [])
+        told = status.look(folders[0])
+        assert (told["state"], told["why"], told["loss"]) == ("stopped", "by SIGTERM", 0.5)
+        assert (told["step"], told["checkpoint"]["step"]) == (8, 6)
+    assert status.find([f"{scheme}://bucket/runs/other"])[1]
+
+
 def state(step):
     return {"params": {"w": jnp.arange(600.0) + step, "b": jnp.ones((3, 4), jnp.bfloat16) * step}}
 
@@ -164,6 +187,20 @@ def test_checkpoints_in_a_store(held, scheme, tmp_path):
     assert reading.steps() == [2, 4, 5]
     assert float(reading.restore(4, placed(like()))["params"]["w"][0]) == 4
     reading.close()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(held):
+    place = "gs://bucket/runs/a/checkpoints"
+    checkpoints = Checkpoints(place)
+    checkpoints.save(1, state(1), {}, best=None)
+    checkpoints.wait()
+    held["gs"].refused = "GET .*/o/runs/a/checkpoints/1/state/(d|ocdbt.process_0)/"
+    with pytest.raises(UserError, match=rf"^cannot read {place}/1: ") as caught:
+        checkpoints.restore(1, placed(like()))
+    assert not isinstance(caught.value, Damaged)
+    held["gs"].refused = ""
+    assert float(checkpoints.restore(1, placed(like()))["params"]["w"][0]) == 1
+    checkpoints.close()
 
 
 def test_a_checkpoint_that_does_not_arrive(held):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tljax import command, train
 from tljax.errors import UserError
 from tljax.launch import __main__ as launch
 from tljax.launch import accelerators, templates
@@ -84,7 +85,10 @@ def test_a_jobset_has_a_pod_for_each_host_and_never_restarts_a_mistake(dry):
         "cloud.google.com/gke-spot": "true",
     }
     name = found["metadata"]["name"]
-    assert container["args"] == [CONFIG, "--config.seed=3", f"--workdir=gs://abc/d/{name}"]
+    assert container["args"] == [CONFIG, "--config.seed=3", f"--workdir=gs://abc/d/{name}", "--join_timeout=3600"]
+    assert (
+        command.from_command_line(container["args"], **train.USAGE).join_timeout == "3600"
+    )  # of the command that runs
     # A pod that fails fails its job (no retries within it), exit code 2 with another reason than the rest.
     assert (spec_of_job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     (rule,) = spec_of_job["podFailurePolicy"]["rules"]
@@ -212,7 +216,8 @@ def test_scripts_get_their_settings_and_the_config(dry):
     build, run = dry("docker", "--platform=cuda13", "--workdir=/somewhere")[0][1:]
     assert "--build-arg=PLATFORM=cuda13" in build
     assert shlex.split(run)[2:] == [
-        "--rm", "--gpus=all", "--volume=/somewhere:/run-of-tljax", "tljax:cuda13", CONFIG, "--workdir=/run-of-tljax"
+        "--init", "--rm", "--gpus=all", "--volume=/somewhere:/run-of-tljax", "tljax:cuda13", CONFIG,
+        "--workdir=/run-of-tljax",
     ]  # fmt: skip
 
 

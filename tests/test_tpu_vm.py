@@ -3,7 +3,10 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ case "$*" in
   *"--command=bash host.sh run"*)
     read -r what code < runs; sed -i 1d runs
     [ "$what" = preempted ] && echo SUSPENDED > slice
+    [ "$what" = long ] && { trap 'exit 1' INT; touch running; for i in {1..600}; do sleep 0.1; done; }
     exit "${code:-0}" ;;
   *"storage rsync"*) exit 0 ;;
   *) echo "what is $*?" >&2; exit 64 ;;
@@ -65,12 +69,18 @@ def play(clone, tmp_path):
             "ZONE": "us-west4-a", "ACCELERATOR": "v5litepod-16", "BUCKET": "gs://abc/runs", "NAME": "one", "SPOT": "1",
             "WORKDIR": str(tmp_path / "one"),
         } | more  # fmt: skip
-        found = subprocess.run(
-            [clone / "launch" / "tpu_vm.sh", *argv], env=environment, capture_output=True, text=True, timeout=60
-        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, str(clone / "launch" / "tpu_vm.sh"), *argv], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        while runs == ("long",) and not (tmp_path / "running").exists() and process.poll() is None:
+            time.sleep(0.05)
+        if runs == ("long",):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+        _, err = process.communicate(timeout=120)
         file = tmp_path / "calls"
         calls = [_short(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return found.returncode, found.stderr, [call for call in calls if call != "list"]
+        return process.returncode, err, [call for call in calls if call != "list"]
 
     return run
 
@@ -82,6 +92,10 @@ def _short(call: str) -> str:
     return call
 
 
+# Where the tests run in the background, SIGINT is ignored, and the script would inherit that.
+INTERRUPTED = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
 MADE = ["create", "scp", "install"]
 OVER = ["rsync", "delete"]
 
@@ -108,12 +122,12 @@ def test_a_slice_is_made_used_and_deleted(play, tmp_path):
 
 
 def test_after_a_preemption_it_goes_on_on_the_next_slice(play):
-    """Saved at the signal, or cut off: both times."""
-    code, err, calls = play("preempted 143", "preempted 255", "done 0")
+    """Saved at the signal, cut off, or left with hosts that miss the others."""
+    code, err, calls = play("preempted 143", "preempted 255", "preempted 2", "done 0")
     assert code == 0, err
     again = ["run", "delete", *MADE]
-    assert calls == [*MADE, *again, *again, "run", *OVER]
-    assert err.count("one is preempted: queued again") == 2
+    assert calls == [*MADE, *again * 3, "run", *OVER]
+    assert err.count("one is preempted: queued again") == 3
 
 
 def test_a_saved_run_starts_again_on_the_same_slice(play):
@@ -151,6 +165,13 @@ def test_a_slice_that_is_there_is_used_and_a_failing_call_made_again(play, tmp_p
     (tmp_path / "deaf").touch()
     code, _, calls = play("done 0")
     assert (code, calls) == (0, [*MADE[1:], "run", *OVER])
+
+
+def test_ctrl_c_leaves_the_run_at_work_and_says_so(play, tmp_path):
+    code, err, calls = play("long")
+    assert (code, calls) == (130, [*MADE, "run"])
+    assert (tmp_path / "slice").exists()
+    assert err.endswith("tpu_vm.sh down` deletes it, the same command goes on\n")
 
 
 def test_down_deletes_the_slice(play, tmp_path):

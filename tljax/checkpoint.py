@@ -65,6 +65,7 @@ class Checkpoints:
         place, self.failures = self.folder, (OSError, ValueError)
         if stores.is_remote(self.folder):
             self.failures = (Exception,)  # a store's library raises any kind
+            stores.place(self.folder, "checkpoints")  # before orbax makes a file system of its own, with a cache
             if not self.folder.startswith("gs://"):  # the one that orbax and tensorstore write to
                 self.staging = Staging(self.folder, create)
                 place = self.staging.near
@@ -207,6 +208,8 @@ class Checkpoints:
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax raises any kind, Exception itself among them
+            if stores.failed(error):  # nothing is known of the checkpoint
+                raise UserError(f"cannot read {os.path.join(self.folder, str(step))}: {_short(error)}") from error
             line = _short(error.__cause__ or error)
             if isinstance(error, LookupError | TypeError | AttributeError):  # which say little by themselves
                 line = f"{type(error).__name__}: {line}"

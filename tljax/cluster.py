@@ -1,9 +1,9 @@
 """Joining the processes of one run, and their end: the roll call (`tljax.roll`), then JAX's own runtime."""
 
-import contextlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tljax.errors import UserError
@@ -26,6 +26,10 @@ def join(flags: Any, config, command: str) -> None:
     place = find({name: getattr(flags, name) for name in FLAGS})
     timeout = _timeout(flags.join_timeout)
     if place is None:
+        import jax
+
+        if jax.process_count() > 1:  # a slice of TPUs of which nothing has told
+            raise UserError("the devices are those of several hosts: give --coordinator, --processes and --process")
         return
     if not place.address:
         raise UserError(f"{place.said} does not say where process 0 is: give --coordinator=HOST:PORT")
@@ -65,13 +69,14 @@ def _gpus() -> list[str]:
     return gpus()
 
 
-def meet() -> None:
-    """Returns when all processes have come here: what they do together for the first time waits 30 s on CPUs, no more.
+def meet(**facts: Callable[[], object]) -> None:
+    """Returns when all processes have come here. Raises UserError, in all of them, where facts of theirs differ.
 
-    They compile each on its own, and one may have to while the others find theirs in the compilation cache.
+    What they do together for the first time waits 30 s on CPUs, no more; and they compile each on its own, where one
+    may have to while the others find theirs in the compilation cache.
     """
     if _roll is not None:
-        _roll.meet()
+        _roll.meet({f"the {name.replace('_', ' ')}": str(fact()) for name, fact in facts.items()})
 
 
 def alone(what: str) -> None:
@@ -123,5 +128,4 @@ def failed(code: int, line: str) -> None:
 def leave() -> None:
     """Is called by a process that has done its work: the others go on without it."""
     if _roll is not None:
-        with contextlib.suppress(OSError):
-            _roll.leave()
+        _roll.leave()

@@ -9,6 +9,7 @@ from collections.abc import Container
 
 from ml_collections import ConfigDict
 
+from tljax import durations
 from tljax.errors import UserError, listing, nearest, unknown
 from tljax.files import parsed
 
@@ -109,6 +110,10 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.delta = False  # leave out what has never trained: restoring takes it from the weights again
+
+    config.stall = "10 minutes"  # without a step, after which the stacks of all threads are written down; "": never
+    config.profile = ""  # a window of steps for the profiler, as "steps:100-110"; "": none (docs/watching.md)
+    config.wandb = ""  # metrics go to Weights & Biases too: "PROJECT" or "ENTITY/PROJECT", extra wandb; "": no
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
@@ -227,6 +232,10 @@ def check(config: ConfigDict) -> None:
         duration(fields[field], 1.0, field)
     duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
     nbytes(fields["cache_limit"], "cache_limit")
+    durations.seconds(fields["stall"], "stall")
+    durations.window(fields["profile"], "profile")
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+|", fields["wandb"]):
+        raise UserError(f"config.wandb = {fields['wandb']!r}: expected 'PROJECT' or 'ENTITY/PROJECT'")
     if "://" in fields["cache_folder"]:
         raise UserError(f"config.cache_folder = {fields['cache_folder']!r}: features are kept in a local folder")
 
@@ -260,9 +269,12 @@ def from_json(text: str) -> ConfigDict:
 
 def digest(config: ConfigDict) -> str:
     """Eight hexadecimal digits that tell configs apart, for the names of workdirs."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
+    said = {name: value for name, value in config.to_dict().items() if name not in WATCHING}
+    return hashlib.sha256((json.dumps(said, indent=2) + "\n").encode()).hexdigest()[:8]
 
 
+# How a run is watched, and no part of what it computes: it may go on, in the same folder, under others.
+WATCHING = ("stall", "profile", "wandb")
 # How a run is laid over its devices, and no part of what it computes: it may go on under others.
 ELASTIC = ("parallel.mode", "parallel.data", "parallel.fsdp", "parallel.remat")
 

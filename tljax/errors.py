@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} …")
 
 
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Returns `"; nearest: a, b"` for the valid names closest to `name`, or `""` if none is close."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=count, cutoff=0.5)

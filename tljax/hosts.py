@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tljax import config as configs
@@ -41,6 +41,14 @@ def code_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:8]
+
+
+def digest(trees: Iterable, names: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits of the values of some leaves."""
+    from tljax import plan
+
+    values = {path: leaf for tree in trees for path, leaf in plan.flat(tree).items()}
+    return plan.combined(plan.digests({name: values[name] for name in names if name in values}))[:16]
 
 
 def differences(said: Mapping[int, Mapping[str, str]], hosts: Mapping[int, str]) -> list[str]:

@@ -234,11 +234,18 @@ def members_over(wanted: int, count: int) -> int:
     return min(wanted or there, count)
 
 
+def memory() -> dict[str, int]:
+    """Bytes of this process's fullest device, {"memory_bytes": now, "memory_peak_bytes"}; {} where none tells them."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) for name, key in names.items() if stats and all(key in s for s in stats)}
+
+
 def memory_peak() -> int:
     """Bytes: the largest device's peak where the backend tells it, else the process's peak resident size."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    found = memory().get("memory_peak_bytes")
+    if found is not None:
+        return found
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

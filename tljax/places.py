@@ -179,9 +179,11 @@ def _asked(environ: Mapping[str, str]) -> Place | None:
     except (ImportError, AttributeError, TypeError):
         return None
     except Exception as error:  # of the network, or of a library for it
+        if not job:  # a machine with TPUs that is none of Google's
+            return None
         raise UserError(
             f"the other processes cannot be found: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
-            "give --coordinator, --processes and --process"
+            "give --coordinator, --processes and --process, or JAX_NUM_PROCESSES=1 where it is alone"
         ) from error
     return None if address is None else Place(index, count, address, "the machine's metadata")
 

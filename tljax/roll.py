@@ -180,7 +180,7 @@ class Roll:
     def __init__(self, index: int, names: dict[int, str], connections: dict[int, socket.socket]):
         self.index, self.names, self.connections = index, names, connections
         self.lock = threading.Lock()  # held by who ends this process
-        self.meeting, self.arrived, self.over = 0, {}, threading.Condition()
+        self.meeting, self.arrived, self.verdicts, self.over = 0, {}, {}, threading.Condition()
         self.selector = selectors.DefaultSelector()
         for peer, connection in connections.items():
             connection.settimeout(5.0)
@@ -201,7 +201,7 @@ class Roll:
                 if "left" in message:
                     self.selector.unregister(key.fileobj)
                 elif "at" in message:
-                    self._arrive(message["at"], message["process"])
+                    self._arrive(message)
                 elif "gone" in message:
                     who = f"process {message['gone']} ({message['name']})"
                     self._end(RESTART, message, f"{who} is gone; {AGAIN}")
@@ -211,27 +211,34 @@ class Roll:
                         line = f"process {message['failed']} has failed, as its log tells: {line}"
                     self._end(message["code"], message, line)
 
-    def meet(self) -> None:
-        """Returns when all processes have called it as often as this one."""
+    def meet(self, facts: Mapping[str, str]) -> None:
+        """Returns when all processes have called it as often as this one. Raises UserError where their facts differ."""
         self.meeting += 1
         if self.index:
-            _send(self.connections[0], {"at": self.meeting, "process": self.index})
+            _send(self.connections[0], {"at": self.meeting, "process": self.index, "facts": dict(facts)})
         else:
-            self._arrive(self.meeting, 0)
+            self._arrive({"at": self.meeting, "process": 0, "facts": dict(facts)})
         with self.over:
-            self.over.wait_for(lambda: self.arrived.get(self.meeting) == "all")
+            self.over.wait_for(lambda: self.meeting in self.verdicts)
+        if self.verdicts[self.meeting]:
+            raise UserError(self.verdicts[self.meeting])
 
-    def _arrive(self, meeting: int, process: int) -> None:
-        """A process has come to a meeting: of which process 0 knows, the others learn from it that all have come."""
+    def _arrive(self, message: dict) -> None:
+        """A process has come to a meeting, as process 0 hears; the others hear that all have come."""
+        meeting = message["at"]
         with self.over:
-            there = self.arrived.setdefault(meeting, set())
-            there.add(process)
-            if self.index or len(there) == len(self.names):
-                self.arrived[meeting] = "all"
-                self.over.notify_all()
-                for connection in self.connections.values() if self.index == 0 else ():
+            if self.index == 0:
+                said = self.arrived.setdefault(meeting, {})
+                said[message["process"]] = message["facts"]
+                if len(said) < len(self.names):
+                    return
+                found = hosts.differences(self.arrived.pop(meeting), self.names)
+                message = {"at": meeting, "wrong": f"the processes differ: {listing(found, 5)}" if found else ""}
+                for connection in self.connections.values():
                     with contextlib.suppress(OSError):  # the watch tells of it
-                        _send(connection, {"at": meeting, "process": 0})
+                        _send(connection, message)
+            self.verdicts[meeting] = message["wrong"]
+            self.over.notify_all()
 
     def _end(self, code: int, message: dict, line: str) -> None:
         """Says why, passes it on, and exits."""
@@ -263,7 +270,8 @@ class Roll:
     def leave(self) -> None:
         """Tells the others that this process has done its work; it listens to them until it has ended."""
         for connection in self.connections.values():
-            _send(connection, {"left": self.index})
+            with contextlib.suppress(OSError):
+                _send(connection, {"left": self.index})
 
 
 def _send(connection: socket.socket, message: dict) -> None:
@@ -274,7 +282,7 @@ def _receive(connection: socket.socket) -> dict:
     """One line. Raises OSError or ValueError where none comes."""
     found = bytearray()
     while not found.endswith(b"\n"):
-        # Byte by byte beyond what is surely of this line: messages are rare, and none may be lost with a buffer.
+        # No more than this line is taken: what a buffer held, the selector would not know of.
         part = connection.recv(LINE, socket.MSG_PEEK)
         if not part or len(found) > LINE:
             raise ConnectionError("the connection has ended")

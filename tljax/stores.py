@@ -16,6 +16,8 @@ from tljax import files
 from tljax.errors import UserError
 
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: (library, extra that installs it)
+# Libraries that reach stores: their own errors.
+REACHING = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google.api_core", "google.auth", "google.cloud", "requests")
 # How tensorstore's errors begin where nothing is said of what is stored.
 STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED")
 BLOCK = 1 << 20  # bytes that a copy holds at once
@@ -85,8 +87,7 @@ def explained(error: Exception, address: str) -> str:
 def failed(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is a store's that was not reached or refused, and no other's."""
     while error is not None:
-        library = type(error).__module__.partition(".")[0]
-        if library in ("aiohttp", "gcsfs", "s3fs", "botocore", "aiobotocore", "google", "requests", "urllib3"):
+        if type(error).__module__.startswith(REACHING):
             return True
         if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs'
             return True

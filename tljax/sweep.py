@@ -274,6 +274,9 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"config.phases = {config.phases!r}: a sweep has one phase; give config.strategy")
     if config.source.data:
         raise UserError(f"config.source.data = {config.source.data!r}: a sweep does not measure forgetting")
+    for field in ("profile", "wandb"):
+        if config[field]:
+            raise UserError(f"config.{field} = {config[field]!r} is for single runs, not for a sweep")
 
 
 def _outcome(rows: list[dict]) -> str:

@@ -34,6 +34,7 @@ class Workdir:
         self.copied_at = 0.0
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
+        self.writers = []  # what else takes the rows of metrics (tljax.writers)
         self._events = None
         self._resumed = 0  # the step behind which the rows go on
 
@@ -44,7 +45,8 @@ class Workdir:
                 self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.json"
             if file.exists():
-                differing = configs.differences(self.config(), config, but=configs.ELASTIC)
+                may = (*configs.ELASTIC, *configs.WATCHING)
+                differing = configs.differences(self.config(), config, but=may)
                 if differing:
                     raise UserError(
                         f"{self.path} holds a run with another config: {listing(differing)}; "
@@ -136,6 +138,8 @@ class Workdir:
                     event = Event(step=row["step"], wall_time=time.time(), summary=scalar(name, value))
                     self._events.write_event(event)
             self._events.flush()
+        for writer in self.writers:
+            writer.log(row)
         if time.monotonic() - self.copied_at > COPY_EVERY:
             self.flush()
 
@@ -187,17 +191,23 @@ class Workdir:
             raise UserError(f"{file} holds {type(found).__name__}, expected an object; delete it")
         return found
 
-    def close(self) -> None:
-        """Flushes the TensorBoard events."""
-        if self._events is not None:
+    def close(self, summary: dict | None = None) -> None:
+        """Ends the TensorBoard events and other writers, which get the final figures, if there are some."""
+        others, self.writers = self.writers, []
+        for writer in others:
+            writer.close(summary)
+        if self._events is None:
+            return
+        try:
             with self._reported():
                 self._events.close()
             self.flush()
-            if self.remote:
-                self._events = None
-                self._clear()
-                with contextlib.suppress(OSError):
-                    self.near.rmdir()
+        finally:
+            self._events = None
+        if self.remote:
+            self._clear()
+            with contextlib.suppress(OSError):
+                self.near.rmdir()
 
     @contextlib.contextmanager
     def _reported(self):

@@ -62,7 +62,7 @@ class Plan:
 
 
 class Target(NamedTuple):
-    """A place to run: its settings, how they become a plan, and whether the source is taken there."""
+    """A place to run: its settings, how they become a plan, and whether the clone is taken there."""
 
     settings: dict[str, Setting]
     plan: Callable[[Mapping[str, Any], Run], Plan]
@@ -140,7 +140,7 @@ def _jobset(given: Mapping[str, Any], run: Run) -> Plan:
         "NAMESPACE": given["namespace"], "QUEUE": given["queue"], "RESTARTS": given["restarts"],
         "SLICES": given["slices"], "HOSTS": tpu.hosts, "CHIPS": tpu.chips_per_host, "KIND": tpu.kind,
         "TOPOLOGY": tpu.topology, "SPOT": "true" if given["spot"] else "", "SERVICE_ACCOUNT": given["account"],
-        "IMAGE": given["image"], "ARGUMENTS": json.dumps([*run.arguments, f"--workdir={far}"]),
+        "IMAGE": given["image"], "ARGUMENTS": json.dumps([*run.arguments, f"--workdir={far}", "--join_timeout=3600"]),
     })  # fmt: skip
     here = f"--namespace={given['namespace']}"
     return dataclasses.replace(
@@ -196,7 +196,7 @@ def _docker(given: Mapping[str, Any], run: Run) -> Plan:
         return Plan([*steps, Step(("docker", "push", image))], "an image, of a few GB")
     devices = {"tpu": ["--privileged", "--network=host"], "cpu": []}.get(platform, ["--gpus=all"])
     volume = f"--volume={Path(run.workdir).absolute()}:/run-of-tljax"
-    run_it = ("docker", "run", "--rm", *devices, volume, image, *run.arguments, "--workdir=/run-of-tljax")
+    run_it = ("docker", "run", "--init", "--rm", *devices, volume, image, *run.arguments, "--workdir=/run-of-tljax")
     return Plan([*steps, Step(run_it)], f"this machine, and an image of a few GB; the run is in {run.workdir}")
 
 
@@ -269,7 +269,7 @@ TARGETS = {
         "namespace": Setting("the namespace", "default", WORD),
         "account": Setting("the Kubernetes service account that may write the bucket", "default", WORD),
         "restarts": Setting("how often it may start anew", "100", count), "price": PRICE,
-    }, _jobset, takes_source=False),
+    }, _jobset),
     "ray": Target({
         "project": PROJECT, "zone": ZONE, "spot": SPOT,
         "machine": Setting("of the workers, as n2-standard-8 or g2-standard-8", "n2-standard-8", machines.machine),

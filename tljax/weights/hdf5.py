@@ -1,8 +1,11 @@
 """Reads Keras weights, `.h5` of Keras 2 and `.weights.h5` of Keras 3, through h5py (extra `keras`)."""
 
+import functools
 import math
+import mmap
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,7 +82,7 @@ def _read(path: str, h5py: Any) -> Arrays:
             if isinstance(item, h5py.Group):
                 walk(item, f"{where}/", depth + 1)
             elif isinstance(item, h5py.Dataset):
-                own = _by_layer(prefix, _attribute(group, "name")) + name
+                own = _by_layer(prefix, _attribute(path, group, "name")) + name
                 entries[where if own in entries else own] = _entry(path, where, item)
             else:
                 raise UserError(f"{path}: {where!r} is neither a group nor an array")
@@ -94,9 +97,36 @@ def _read(path: str, h5py: Any) -> Arrays:
     return Arrays(entries)
 
 
-def _attribute(group: Any, name: str) -> Any:
+def _attribute(path: str, group: Any, name: str) -> Any:
     """An attribute with one value; None where there is none, or many."""
-    return group.attrs[name] if name in group.attrs and group.attrs.get_id(name).shape == () else None
+    if name not in group.attrs or group.attrs.get_id(name).shape != ():
+        return None
+    _check_heaps(path, os.stat(path).st_mtime_ns)
+    return group.attrs[name]
+
+
+@functools.lru_cache(maxsize=1)
+def _check_heaps(path: str, changed: int) -> None:
+    """Raises ValueError for a global heap, where texts lie, with an object of no size: libhdf5 would read it for ever.
+
+    Follows section III.E of HDF5's file format specification.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        sizes = mapped[9:11] if mapped[8] >= 2 else mapped[13:15]
+        if mapped[:8] != MAGIC or sizes != b"\x08\x08":
+            raise ValueError("addresses or lengths that have not 8 bytes")
+        heap = -1
+        while (heap := mapped.find(b"GCOL\x01", heap + 1)) >= 0:
+            end = heap + int.from_bytes(mapped[heap + 8 : heap + 16], "little")
+            if not heap + 4096 <= end <= len(mapped):
+                continue  # numbers that look like one, or a heap that libhdf5 refuses
+            at = heap + 16
+            while at + 16 <= end:
+                index, _, _, size = struct.unpack_from("<HHIQ", mapped, at)
+                taken = 16 + (size + 7) // 8 * 8 if index else size
+                if not 0 < taken <= end - at:
+                    raise ValueError(f"a damaged heap at byte {heap}")
+                at += taken
 
 
 def _by_layer(prefix: str, layer: Any) -> str:
