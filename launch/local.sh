@@ -2,10 +2,11 @@
 # Runs one experiment in N processes on this machine, joined by JAX's own multi-controller runtime:
 #
 #   launch/local.sh 2 --config=configs/partial.py --workdir=runs/two
+#   python -m tljax.launch local --processes=2 --config=configs/partial.py --workdir=runs/two    # the same, checked first
 #
 # Each process sees its share of the devices: with GPUs give CUDA_VISIBLE_DEVICES yourself; on a CPU
 # JAX_NUM_CPU_DEVICES=k gives each process k devices. PYTHON names another interpreter than `python`.
-# Ends with the first exit code that is not 0. SIGTERM and Ctrl-C save and end.
+# Ends with the first exit code that is not 0. SIGTERM and Ctrl-C save and end; the same command goes on.
 set -u
 count=${1:-}
 if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
@@ -20,7 +21,8 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
 
 # A mistake of the user's meets every process: it is told once.
-exec 2> >(exec awk '!/^error: / || !told[$0]++ { print; fflush() }' >&2)
+exec 2> >(exec awk '{ said = $0; sub(/^\[[0-9]+\] /, "", said) }
+  said !~ /^error: / || !told[said]++ { print; fflush() }' >&2)
 
 pids=()
 for ((i = 0; i < count; i++)); do

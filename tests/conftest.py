@@ -81,3 +81,14 @@ def script(text: str, *argv: str, devices: int = 1, **environment: str) -> subpr
     return subprocess.Popen(
         [sys.executable, "-c", text, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "local.sh"
+
+
+def launch(*argv: str, processes: str = "2") -> subprocess.Popen:
+    """Starts launch/local.sh with two CPU devices a process."""
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "16", "PYTHON": sys.executable}
+    return subprocess.Popen(
+        [SCRIPT, processes, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )

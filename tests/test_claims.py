@@ -111,6 +111,7 @@ def test_the_clock_is_that_of_the_file_system(tmp_path, monkeypatch):
         ({"pid": 2**22 + 1, "machine": "another"}, 0, False),  # who knows
         ({"pid": 2**22 + 1, "machine": "another"}, 61, True),
         ({}, 61, True),  # it has stopped
+        ({"pid": 2**22 + 1, "machine": "another"}, -61, True),  # its clock was set back, and it does not touch it
         (None, 0, False),  # not whole
         (None, 61, True),
     ],

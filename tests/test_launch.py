@@ -1,39 +1,45 @@
 """launch/local.sh: two processes of two devices each do what one process does, stop together, and fail together."""
 
+import itertools
 import json
-import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import changed, command
+from conftest import changed, command, launch, script
+from test_resume import KILLED
 
 from tljax import evaluate, train
 from tljax.workdir import Workdir
 
-SCRIPT = Path(__file__).parent.parent / "launch" / "local.sh"
 # Gradients are summed in another order: 24 steps end within a relative 4e-7 (measured).
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+TIMEOUT = 400  # seconds
 EXACT = {"rtol": 0, "atol": 0}
 
 
-def launch(*argv: str, processes: str = "2") -> subprocess.Popen:
-    """Starts launch/local.sh with two CPU devices a process."""
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "16", "PYTHON": sys.executable}
-    return subprocess.Popen(
-        [SCRIPT, processes, *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def together(text: str, argvs, processes: int, devices: int) -> list[subprocess.Popen]:
+    """Starts `python -c text argv…` so often with so many CPU devices each, joined without the launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        script(text, *argv, devices=devices, JAX_PROCESS_ID=str(i), **joined)
+        for i, argv in zip(range(processes), argvs)
+    ]
 
 
 def ended(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     """What a process said, after it ended with this code."""
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         process.terminate()  # of the script: it ends its processes
         raise
@@ -135,7 +141,7 @@ def test_sigterm_stops_all_at_one_step_and_any_number_goes_on(tiny, runs, tmp_pa
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, more, message):
     out, err = ended(launch(*changed(tiny, tmp_path / "run"), more), 2)
-    assert err.startswith(f"error: {message}")
+    assert re.match(rf"(\[1\] )?error: {re.escape(message)}", err)
     assert err.count("\n") == 1
     assert out == ""
 
@@ -154,3 +160,63 @@ def test_one_process_that_fails_ends_all(tiny, photos, tmp_path):
     assert "train/red/red0.png: image file is truncated" in err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "tiny"
+
+
+# ---- slow: processes that are killed, other numbers of them, other layouts
+
+# As in test_resume, but as a command.
+DIES = KILLED.replace(
+    "sys.exit(train.main(argv))", "from tljax import command\nsys.argv[1:] = argv\ncommand.run(train.main)"
+)
+TRAIN = "import sys; from tljax import command, train; sys.argv[0] = 'train'; command.run(train.main)"
+SHARDED = f"from tljax import parallel; parallel.FSDP_LEAST = 64; {TRAIN}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_one_process_that_is_killed_is_named_by_the_other_and_any_number_goes_on(tiny, runs, tmp_path, dead):
+    path = tmp_path / "killed"
+    argv = changed(tiny, path, **kept(tmp_path))
+    texts, argvs = [TRAIN, TRAIN], [argv, argv]
+    texts[dead], argvs[dead] = DIES, ["after", "12", *argv]
+    processes = together(f"import os; exec({texts!r}[int(os.environ['JAX_PROCESS_ID'])])", argvs, 2, devices=2)
+    _, err = ended(processes[1 - dead], 75)
+    who = rf"process {dead} \(.+, pid {processes[dead].pid}\)"
+    assert re.fullmatch(rf"(\[1\] )?error: {who} is gone; start all processes again.*\n", err)
+    ended(processes[dead], -signal.SIGKILL)
+
+    four = shutil.copytree(path, tmp_path / "four")
+    out, _ = ended(launch(*argv))
+    assert re.search("resumed from step (6|12);", out)  # the last save may have been about to be whole
+    assert_same(path, runs["two"], EXACT)
+    resumed = together(TRAIN, itertools.repeat(changed(tiny, four, **kept(tmp_path))), 4, devices=1)
+    out, *_ = [ended(process)[0] for process in resumed]
+    assert re.search("resumed from step (6|12);", out)  # the last save may have been about to be whole
+    assert Workdir(four).summary()["devices"]["processes"] == 4
+    assert_same(four, runs["two"], CLOSE)
+
+
+@pytest.mark.slow
+def test_leaves_over_the_devices_of_two_processes_give_the_same_with_the_statistics_of_the_whole_batch(tiny, tmp_path):
+    fields = {"strategy": "full()", "norm_stats": "batch", "cache": "off", "optim_clip": 1.0}
+    spread = lambda name: changed(tiny, tmp_path / name, **fields, parallel_fsdp=4)
+    two = together(SHARDED, itertools.repeat(spread("two")), 2, devices=2)
+    four = script(SHARDED, *spread("four devices"), devices=4)
+    one = command("tljax.train", *changed(tiny, tmp_path / "one device", **fields), devices=1)
+    for process in (*two, four, one):
+        ended(process)
+    assert_same(tmp_path / "two", tmp_path / "four devices", CLOSE)
+    assert_same(tmp_path / "two", tmp_path / "one device", CLOSE)
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_or_devices_all_say_so(tiny, tmp_path):
+    argvs = [changed(tiny, tmp_path / "run", seed=seed) for seed in (0, 1)]
+    said = [ended(process, 2)[1] for process in together(TRAIN, argvs, 2, devices=1)]
+    assert said[1] == f"[1] {said[0]}"
+    assert said[0].startswith("error: the processes differ: config.seed is 0 on process 0 (")
+    text = f"import os; os.environ['JAX_NUM_CPU_DEVICES'] = str(1 + int(os.environ['JAX_PROCESS_ID'])); {TRAIN}"
+    said = [ended(process, 2)[1] for process in together(text, argvs[:1] * 2, 2, devices=1)]
+    assert said[1] == f"[1] {said[0]}"
+    assert said[0].startswith("error: the processes differ: JAX_NUM_CPU_DEVICES is '1' on process 0 (")
+    assert not (tmp_path / "run").exists()

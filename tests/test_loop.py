@@ -16,7 +16,7 @@ from tljax.workdir import Workdir
 
 COMMANDS = (
     "train", "plan", "evaluate", "predict", "sweep", "convert", "auto_rgn", "forgetting", "wise_ft", "zeroshot",
-    "models", "adapters",
+    "models", "adapters", "status",
 )  # fmt: skip
 
 

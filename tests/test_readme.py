@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tljax.command import from_command_line
+from tljax.places import FLAGS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,7 +26,7 @@ def test_its_configs_and_flags_exist(line, monkeypatch):
     import shlex
 
     monkeypatch.chdir(ROOT)
-    assert from_command_line(shlex.split(line), "", workdir="", compare="").config.model
+    assert from_command_line(shlex.split(line), "", workdir="", compare="", **FLAGS).config.model
 
 
 @pytest.mark.parametrize(

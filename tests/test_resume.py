@@ -147,6 +147,99 @@ def test_a_run_killed_around_the_boundaries_of_its_phases_ends_as_one_never_stop
     assert end(killed) == end(tmp_path / "whole")
 
 
+# The training script, in a process that kills itself a little after a moment has come for the n-th time, and on the
+# first way over each boundary of phases.
+STRUCK = """
+import os, pathlib, random, signal, sys, threading
+from tljax import cache, evaluate, phases, train
+from tljax.checkpoint import Checkpoints
+moment, count, delay, boundaries, *argv = sys.argv[1:]
+MOMENTS = {
+    "compile": (train.Run, "compile"), "training": (train.Run, "placed"), "saving": (Checkpoints, "save"),
+    "evaluation": (evaluate.Evaluator, "__call__"), "cache": (cache.FeatureCache, "_computed"),
+}
+left = int(count)
+
+def strike(after):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+def striking(called):
+    def call(*args, **more):
+        global left
+        left -= 1
+        if not left:
+            strike(float(delay))
+        return called(*args, **more)
+    return call
+
+def striking_change(state, *args):
+    marker = pathlib.Path(boundaries, str(int(state.step)))
+    if not marker.exists():
+        marker.touch()
+        strike(random.uniform(0, 0.3))
+    return change(state, *args)
+
+if moment in MOMENTS:
+    setattr(*MOMENTS[moment], striking(getattr(*MOMENTS[moment])))
+elif moment == "any":
+    strike(float(delay))
+change, phases.change = phases.change, striking_change
+sys.exit(train.main(argv))
+"""
+AT_RANDOM = ("any", "compile", "training", "saving", "saving", "evaluation", "cache")
+LONG = 3000
+IN_ALL = (
+    f"--config.phases=phases(('{LONG // 3} steps', frozen()), ('{LONG // 3} steps', partial(last=1)), "
+    "('rest', surgical('block1')))",
+    f"--config.train_for={LONG} steps", "--config.checkpoint_every=9 steps", "--config.eval_every=20 steps",
+    "--config.log_every=10 steps", "--config.augment.mixup=0.2", "--config.augment.mix_at=features",
+    "--config.ema=0.9", "--config.drop_rate=0.3", "--config.cache=disk", "--config.cache_views=2",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_killed_fifty_times_at_random_moments_ends_as_one_never_stopped(tiny, tmp_path):
+    """Each time it goes on from the newest complete checkpoint, and what it leaves behind does not grow."""
+    rng = random.Random()
+    started = lambda name: [*tiny, *IN_ALL, f"--config.cache_folder={tmp_path / name}-features",
+                            f"--workdir={tmp_path / name}"]  # fmt: skip
+    whole = command("tljax.train", *started("whole"))
+    out, err = whole.communicate(timeout=3000)
+    assert whole.returncode == 0, err
+
+    killed, boundaries, features = tmp_path / "killed", tmp_path / "boundaries", tmp_path / "killed-features"
+    boundaries.mkdir()
+    kills, remains = dict.fromkeys(AT_RANDOM, 0), 0
+    for i in range(1000):
+        moment = "none" if sum(kills.values()) >= 50 else AT_RANDOM[i % len(AT_RANDOM)]
+        before = newest(killed)
+        if moment == "cache":
+            shutil.rmtree(features, ignore_errors=True)
+        times = rng.randint(1, {"training": 60, "saving": 4, "evaluation": 3, "cache": 3}.get(moment, 1))
+        delay = rng.uniform(0, {"any": 15, "compile": 1}.get(moment, 0.1))
+        how = (moment, str(times), str(delay), str(boundaries))
+        process = script(STRUCK, *how, *started("killed"), PYTHONUNBUFFERED="1")
+        out, err = process.communicate(timeout=3000)
+        resumed = [line for line in out.splitlines() if line.startswith("resumed from step")]
+        assert not resumed or f"resumed from step {before};" in resumed[0]
+        assert "damaged" not in out
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        kills[moment] = kills.get(moment, 0) + 1
+        left = [p for p in killed.rglob("*") if p.suffix == ".tmp" or "orbax-checkpoint-tmp" in p.name]
+        left = [p for p in left if "orbax-checkpoint-tmp" not in p.parent.name]
+        partial = list(features.rglob("*.tmp"))
+        remains = max(remains, len(left) + len(partial))
+        assert len(list((killed / "checkpoints").glob("[0-9]*"))) <= 6
+    assert sum(kills.values()) >= 50, kills
+    assert len(list(boundaries.iterdir())) == 2
+    assert remains <= 3, "what kills leave has to be cleared away by the next start"
+    assert not list(features.rglob("*.tmp"))
+    assert all(p.name.isdigit() for p in (killed / "checkpoints").iterdir())
+    assert end(killed) == end(tmp_path / "whole")
+
+
 @pytest.fixture
 def interrupted(tiny, trained, tmp_path):
     """A copy of a run whose end has not been written: the next start resumes from its last checkpoint."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 
 import fake_gcs
@@ -10,15 +11,19 @@ import fake_s3
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY
+from conftest import TINY, command, launch, script
+from test_launch import EXACT, assert_same
+from test_resume import KILLED, end
 
-from tljax import config, files, sweep, train, workdir
-from tljax.checkpoint import Checkpoints
+from tljax import command as command_line
+from tljax import config, files, status, stores, sweep, train, workdir
+from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("s3fs")
+BEAT = ("time", "since", "alive", "every")
 # gcsfs and s3fs are asked by one process for one address each: they, and tensorstore, remember where it led.
 FAKES = {"gs": fake_gcs, "s3": fake_s3}
 
@@ -105,6 +110,28 @@ def test_rows_reach_the_store_by_the_clock_too(held, monkeypatch):
     assert held["gs"].read("gs://bucket/a/metrics.jsonl") == b'{"step": 1}\n'
 
 
+@pytest.mark.parametrize("scheme", FAKES)
+def test_status_of_runs_in_a_store(held, scheme):
+    place, there = f"{scheme}://bucket/runs/a", held[scheme]
+    run = Workdir(place)
+    run.claim(tiny_config())
+    run.rewind(0)
+    run.log({"step": 8, "train/loss": 0.5})
+    run.flush()
+    run.write("heartbeat.json", json.dumps({"end": "stopped", "why": "by SIGTERM"} | dict.fromkeys(BEAT, 1.0)))
+    marker = {"gs": "commit_success.txt", "s3": "whole.json"}[scheme]
+    for name in (f"6/{marker}", "7/half"):
+        there.put("bucket", f"runs/a/checkpoints/{name}", b"{}")
+    there.put("bucket", "runs/other/file", b"")
+    for given in (place, f"{scheme}://bucket/runs/*"):
+        folders, others = status.find([given])
+        assert ([os.fspath(folder) for folder in folders], others) == ([place], [])
+        told = status.look(folders[0])
+        assert (told["state"], told["why"], told["loss"]) == ("stopped", "by SIGTERM", 0.5)
+        assert (told["step"], told["checkpoint"]["step"]) == (8, 6)
+    assert status.find([f"{scheme}://bucket/runs/other"])[1]
+
+
 def state(step):
     return {"params": {"w": jnp.arange(600.0) + step, "b": jnp.ones((3, 4), jnp.bfloat16) * step}}
 
@@ -162,6 +189,20 @@ def test_checkpoints_in_a_store(held, scheme, tmp_path):
     reading.close()
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(held):
+    place = "gs://bucket/runs/a/checkpoints"
+    checkpoints = Checkpoints(place)
+    checkpoints.save(1, state(1), {}, best=None)
+    checkpoints.wait()
+    held["gs"].refused = "GET .*/o/runs/a/checkpoints/1/state/(d|ocdbt.process_0)/"
+    with pytest.raises(UserError, match=rf"^cannot read {place}/1: ") as caught:
+        checkpoints.restore(1, placed(like()))
+    assert not isinstance(caught.value, Damaged)
+    held["gs"].refused = ""
+    assert float(checkpoints.restore(1, placed(like()))["params"]["w"][0]) == 1
+    checkpoints.close()
+
+
 def test_a_checkpoint_that_does_not_arrive(held):
     place = "s3://bucket/a/checkpoints"
     checkpoints = Checkpoints(place)
@@ -170,7 +211,7 @@ def test_a_checkpoint_that_does_not_arrive(held):
     held["s3"].refused = "PUT .*/2/"
     checkpoints.save(2, state(2), {}, best=None)
     with pytest.raises(
-        UserError, match="cannot write a checkpoint to s3://bucket/a/checkpoints: .*; the last whole one"
+        UserError, match=r"cannot write a checkpoint to s3://bucket/a/checkpoints: .*; the last whole one is of"
     ):
         checkpoints.wait()
     held["s3"].refused = ""
@@ -182,10 +223,10 @@ def test_what_was_damaged_in_the_store_is_not_read(held):
     checkpoints = Checkpoints(place)
     checkpoints.save(1, state(1), {}, best=None)
     checkpoints.close()
-    key = next(k for k in held["s3"].objects if "/1/state/" in k[1])
+    key = next(k for k in held["s3"].objects if k[1].endswith("/1/notes/metadata"))
     held["s3"].put(*key, b"damaged")
-    with pytest.raises(UserError, match="SHA-256"):
-        Checkpoints(place)
+    with pytest.raises(Damaged, match="s3://bucket/a/checkpoints/1 is damaged: "):
+        Checkpoints(place).notes(1)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +259,18 @@ def test_a_scheme_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"^--workdir: s3:// needs s3fs: pip install -e '\.\[s3\]'$"):
         Workdir("s3://bucket/run")
+
+
+def test_what_a_store_refuses_is_one_line_wherever_it_comes_up(held):
+    held["gs"].refused = held["s3"].refused = "."
+    for scheme in FAKES:
+        with pytest.raises(OSError, match=r"(?i)forbidden|denied") as caught:
+            stores.place(f"{scheme}://bucket/a.png", "").read_bytes()
+        line = command_line.explained(caught.value)
+        assert line, caught.value
+        assert line.startswith("a store cannot be read or written (")
+    assert stores.failed(ValueError("UNAVAILABLE: Error reading gs://bucket/a"))
+    assert not stores.failed(ValueError("NOT_FOUND: Error reading gs://bucket/a"))
 
 
 def test_what_needs_a_file_system_says_so():
@@ -285,3 +338,63 @@ def test_half_a_copy_of_a_folder_goes_on(held):
     near = files.locate("s3://bucket/data", "data")
     assert sorted(p.name for p in near.iterdir()) == ["a.png", "b.png", "c.png"]
     assert (near / "b.png").read_bytes() == b"b" * 9
+
+
+SHORT = (
+    "--config.train_for=9 steps", "--config.checkpoint_every=3 steps", "--config.eval_every=4 steps",
+    "--config.log_every=2 steps", "--config.augment.mixup=0.2", "--config.drop_rate=0.3",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", FAKES)
+def test_a_run_killed_on_one_machine_goes_on_at_another(held, scheme, tiny, tmp_path):
+    """Killed in a save, and behind one; each process knows only what the store has. It ends as a local run does."""
+    from etils import epath
+
+    place = f"{scheme}://bucket/killed"
+    argv = [*tiny, *SHORT]
+    whole = command("tljax.train", *argv, f"--workdir={tmp_path / 'whole'}")
+    for i, (moment, step) in enumerate((("during", 3), ("after", 6))):
+        machine = str(tmp_path / f"machine{i}")
+        process = script(KILLED, moment, str(step), *argv, f"--workdir={place}", XDG_CACHE_HOME=machine)
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == -signal.SIGKILL, err
+    process = command("tljax.train", *argv, f"--workdir={place}", XDG_CACHE_HOME=str(tmp_path / "last"))
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "resumed from step 6" in out
+    _, err = whole.communicate(timeout=500)
+    assert whole.returncode == 0, err
+    assert end(epath.Path(place)) == end(tmp_path / "whole")
+    left = [p for p in (tmp_path / "last").rglob("*") if p.is_file() and "xla" not in p.parts]
+    assert not [p for p in left if "workdirs" in p.parts]
+    held[scheme].requests.clear()
+    # What is at an end needs no step more, and serves as weights.
+    process = command("tljax.evaluate", f"--workdir={place}", XDG_CACHE_HOME=str(tmp_path / "other"))
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert "the same figures as summary.json" in out
+    process = command(
+        "tljax.train", *argv, f"--config.weights={place}", f"--workdir={tmp_path / 'next'}",
+        XDG_CACHE_HOME=str(tmp_path / "other"),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert f"weights   {place}" in out
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run_to_a_store(held, tiny, tmp_path):
+    argv = [*tiny, *SHORT, "--config.parallel.fsdp=2"]
+    for place in ("gs://bucket/two", tmp_path / "two"):
+        process = launch(*argv, f"--workdir={place}")
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err
+    assert_same("gs://bucket/two", tmp_path / "two", EXACT)
+    names = held["gs"].names_below("gs://bucket/two/checkpoints/9")
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= {part for name in names for part in name.split("/")}
+    process = launch(*argv, "--workdir=s3://bucket/two")
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 2, err
+    assert "several processes keep their checkpoints in gs://" in err

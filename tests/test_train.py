@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import changed, command
 
-from tljax import evaluate, experiment, predict, train
+from tljax import evaluate, experiment, predict, status, train
 from tljax import plan as plans
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
@@ -36,6 +36,8 @@ def test_the_workdir_holds_what_one_wants_to_look_at(trained):
     assert {"start", "data", "weights", "compile", "train", "eval", "report", "total"} <= set(summary["time"])
     assert summary["first_step_seconds"] > 0
     assert summary["flops_per_step"] > 0
+    assert summary["compile"]["programs"] >= summary["compile"]["from_cache"] >= 0
+    assert summary["compile"]["programs"] >= 2  # steps of training and evaluation
     assert {"python", "jax", "flax", "optax"} <= set(summary["versions"])
 
 
@@ -48,6 +50,16 @@ def test_metrics_have_a_row_an_interval_and_an_evaluation_each(trained):
     nll = {r["step"]: r["val/nll"] for r in rows if "val/nll" in r}
     assert best["step"] == min(nll, key=nll.get)
     assert best["value"] == nll[best["step"]]
+
+
+def test_status_tells_a_finished_run(trained):
+    told, rows = status.look(trained), Workdir(trained).rows()
+    assert told["state"] == "finished"
+    assert (told["step"], told["total"], told["checkpoint"]["step"]) == (24, 24, 24)
+    assert told["loss"] == [r["train/loss"] for r in rows if "train/loss" in r][-1]
+    assert told["val"] == {"metric": "val/nll", "value": rows[-1]["val/nll"]}
+    assert json.loads((trained / "heartbeat.json").read_text())["end"] == "finished"
+    assert not (trained / "stacks.txt").exists()
 
 
 def test_the_final_figures_are_those_of_the_whole_test_split(trained, photos):
@@ -171,6 +183,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     message = r"the loss is (nan|inf) at step \d+; the last good checkpoint is .*smaller config.optim.lr"
     with pytest.raises(UserError, match=message):
         train.main(argv)
+    told = status.look(tmp_path)
+    assert told["state"] == "diverged"
+    assert told["why"].startswith("the loss is ")
 
 
 def test_bfloat16_and_every_option_at_once(tiny, tmp_path):
@@ -210,6 +225,9 @@ def test_a_signal_saves_and_ends_the_run(tiny, tmp_path, number):
     step = int(out.split(f"stopped by {number.name} at step ")[1].split(",")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert "\x1b" not in out  # plain lines where the output is no terminal
+    told = status.look(tmp_path)
+    assert (told["state"], told["why"]) == ("stopped", f"by {number.name}")
+    assert (told["step"], told["total"], told["checkpoint"]["step"]) == (step, 3000, step)
 
 
 def test_phases_train_what_each_says_and_the_rest_stays(tiny, tmp_path, capsys):

@@ -368,3 +368,22 @@ def test_workers_are_launched_and_do_what_one_does(made, file, tmp_path, call, m
     assert sum(folder.workers().values()) == 3
     assert set(folder.workers()) <= {f"{call.partition('(')[0]}-{i}" for i in (1, 2)}
     assert all(len(list(unit.glob("claim-????"))) == 1 for unit in folder.path.glob("units/*"))
+
+
+@pytest.mark.slow
+def test_processes_that_are_launched_together_are_workers_of_one_sweep(made, file, tmp_path):
+    """The variables with which JAX would join them say how many they are, and who is who; none waits for another."""
+    run(made, Folder(tmp_path / "whole"))
+    folder = Folder(tmp_path / "shared")
+    joined = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        script(START, f"--config={file}", f"--workdir={folder.path}", JAX_PROCESS_ID=str(i), **joined) for i in (0, 1)
+    ]
+    for i, process in enumerate(processes):
+        out, err = process.communicate(timeout=500)
+        assert (process.returncode, err) == (0, "")
+        assert "the best by val/nll" in out.splitlines()[-1]
+        assert all(line.startswith("[1] ") == bool(i) for line in out.splitlines())
+    assert tables(folder.path) == tables(tmp_path / "whole")
+    assert sum(folder.workers().values()) == 3
+    assert set(folder.workers()) <= {"process-0", "process-1"}

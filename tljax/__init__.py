@@ -7,7 +7,7 @@ For a training loop of one's own: `plan = tljax.build(rules, params)`, then `pla
 import importlib
 import time
 
-STARTED = time.time()  # as near to the command as Python code comes: for the time to the first step
+STARTED = time.perf_counter()  # as near to the command as Python code comes: for the time to the first step
 _HOMES = {"Plan": "plan", "build": "plan", "freeze": "optim", "lint": "leaks", "scales": "optim"}
 __all__ = ["STARTED", "Plan", "build", "freeze", "lint", "scales"]
 

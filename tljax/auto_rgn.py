@@ -5,7 +5,7 @@ data, so it is measured once and written into a config as a `discriminative` str
 `python -m tljax.auto_rgn --config=… --batches=8` prints the line.
 """
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {"description": __doc__, "batches": "how many batches (default: 8)"}
 if __name__ == "__main__":  # before what is slow to import
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     """Measures Auto-RGN on an experiment's weights and training data, and prints the strategy for its config."""
     import itertools
 
-    from tljax import data, experiment, parallel
+    from tljax import data, experiment
     from tljax.config import check
     from tljax.data.mix import soft_targets
     from tljax.report.console import Console, quiet_libraries
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     check(config)
     if not (flags.batches or "8").isdigit():
         raise UserError(f"--batches={flags.batches}: expected a whole number")
-    parallel.start()
+    cluster.alone("tljax.auto_rgn")
     dataset = data.load(config.data)
     exp = experiment.build(config, dataset.classes)
     p = exp.preprocessing

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +18,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from tljax import claims, data, files
 from tljax import config as configs
-from tljax import data, files
 from tljax.data import Augment, Split
 from tljax.errors import UserError
 from tljax.parallel import Layout
@@ -215,10 +214,8 @@ class FeatureCache:
 
     def _written(self, split: Split, view: int | None, place: Path, name: str) -> Path:
         """Computes a file under a name of this process's own, which nobody trusts, and renames it when it is whole."""
-        for left in place.glob(".*.tmp"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink(missing_ok=True)
-        temporary = place / f".{name}-{uuid.uuid4().hex}.tmp"
+        self._tidy(place)
+        temporary = place / f".{name}-{uuid.uuid4().hex}-{claims.mark()}.tmp"
         try:
             shape = (len(split), *self.like.shape)
             out = np.lib.format.open_memmap(temporary, "w+", self._on_disk, shape)
@@ -231,6 +228,15 @@ class FeatureCache:
             return temporary.replace(place / f"{name}-{files.digest(temporary)}.npy")
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _tidy(self, place: Path) -> None:
+        """Removes what processes have left that were killed: those of this machine, and of others after a day."""
+        now = claims.now(place)
+        for left in place.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # by who tidies up as well
+                dead = claims.died(left.stem.rpartition("-")[2])
+                if dead or (dead is None and now - left.stat().st_mtime > ABANDONED):
+                    left.unlink()
 
     @property
     def _on_disk(self) -> np.dtype:

@@ -1,12 +1,19 @@
 """Checkpoints: the state, and beside it what a run must know to go on as if it had never stopped.
 
 The only file that imports orbax. The best checkpoint and the last two are kept; saving is asynchronous.
+
+A checkpoint proves its content: beside the notes stand the shapes and checksums of the state's arrays, and a digest of
+all this. They are one item of the checkpoint, which appears by one renaming: whenever a process is killed there is
+either all or nothing of it. A digest of the files, written when they are whole, would come too late for that.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import time
+import types
 from typing import Any
 
 import jax
@@ -14,12 +21,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from tljax import stores
+from tljax import checksums, stores
+from tljax.agreement import first_said
 from tljax.errors import UserError, listing
-from tljax.plan import paths
+from tljax.plan import flat
 from tljax.staging import Staging
 
 Tree = Any
+CENTURY = 100 * 365 * 24 * 3600  # seconds
+
+# Orbax waits by the wall clock, and gives a save up where that is set forward meanwhile, as when a machine wakes up.
+with contextlib.suppress(ImportError):
+    from orbax.checkpoint._src.futures import signaling_client
+
+    signaling_client.time = types.SimpleNamespace(time=time.monotonic)
+
+
+class Damaged(UserError):
+    """A checkpoint that is not, or not wholly, what was saved; `what` says it without naming the others there are."""
+
+    def __init__(self, what: str, others: list[int]):
+        self.what = what
+        super().__init__(what + (f"; other checkpoints are of step {listing(others)}" if others else ""))
 
 
 class _BestAndLastTwo(policies.PreservationPolicy):
@@ -42,17 +65,25 @@ class Checkpoints:
         place, self.failures = self.folder, (OSError, ValueError)
         if stores.is_remote(self.folder):
             self.failures = (Exception,)  # a store's library raises any kind
+            stores.place(self.folder, "checkpoints")  # before orbax makes a file system of its own, with a cache
             if not self.folder.startswith("gs://"):  # the one that orbax and tensorstore write to
                 self.staging = Staging(self.folder, create)
                 place = self.staging.near
         else:
             place = os.path.abspath(self.folder)
+        # Of several processes one may hang: then the others end.
+        patience = {} if jax.process_count() > 1 else {"timeout_secs": CENTURY}
         try:
             if create and not stores.is_remote(self.folder):
                 os.makedirs(self.folder, exist_ok=True)
             self.manager = ocp.CheckpointManager(
                 place,
-                options=ocp.CheckpointManagerOptions(preservation_policy=self.policy, create=create),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self.policy,
+                    create=create,
+                    cleanup_tmp_directories=create,  # of saves that a kill has cut off
+                    async_options=ocp.options.AsyncOptions(**patience),
+                ),
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
                     "notes": ocp.JsonCheckpointHandler(),
@@ -79,8 +110,10 @@ class Checkpoints:
         """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; `best` is the best step so far."""
         if step in self.steps():
             return
-        notes = json.loads(json.dumps(notes))  # a copy: it is written later, when the run has gone on
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        found = {"notes": notes, "shapes": _shapes(state), "checksums": checksums.of(_named(state))}
+        found = json.loads(json.dumps(found))  # a copy: it is written later, when the run has gone on
+        proven = found | {"digest": _digest(found)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(proven))
         self.policy.best = best
         try:
             if self.staging:
@@ -113,39 +146,82 @@ class Checkpoints:
         return f"cannot write a checkpoint to {self.folder}: {_short(error)}{left}"
 
     def notes(self, step: int) -> dict:
-        """The notes of a checkpoint."""
-        with self._reading(step):
-            return self.manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+        """The notes of a checkpoint. Raises Damaged."""
+        return self._proven(step)["notes"]
 
     def restore(self, step: int, like: Tree) -> Tree:
         """Returns the state of a checkpoint, placed and shaped as `like` (shapes with shardings).
 
-        Raises UserError that names the leaves where the checkpoint holds another model's state.
+        Raises UserError that names the leaves where the checkpoint holds another model's state, and Damaged.
         """
+        proven = self._proven(step)
+        self._compare(step, proven["shapes"], _shapes(like))
         with self._reading(step):
-            saved = self.manager.item_metadata(step)["state"]
-            self._compare(step, getattr(saved, "tree", saved), like)
-            return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+            restored = ocp.StandardCheckpointHandler().restore(
+                self._place(step, "state"), args=ocp.args.StandardRestore(like)
+            )
+        found = checksums.of(_named(restored))
+        if wrong := [path for path, value in proven["checksums"].items() if found.get(path) != value]:
+            raise self._damaged(step, f"not as saved: {listing(wrong, 3)}")
+        return restored
+
+    def set_aside(self, steps: list[int]) -> str:
+        """Gets checkpoints out of the way; returns where they are now. What was there before goes."""
+        folder, remote = self.manager.directory, stores.is_remote(self.folder)
+        aside, line = folder.parent / f"{folder.name}-damaged", ""
+        if jax.process_index() == 0:
+            try:
+                if aside.exists():
+                    aside.rmtree()
+                for step in steps:
+                    if remote:  # where nothing can be renamed
+                        (folder / str(step)).rmtree()
+                    else:
+                        aside.mkdir(exist_ok=True)
+                        (folder / str(step)).rename(aside / str(step))
+            except self.failures as error:
+                line = f"cannot move damaged checkpoints to {aside}: {_short(error)}"
+        if line := first_said(line):
+            raise UserError(line)
+        self.manager.reload()
+        return "deleted" if remote else f"moved to {aside}"
+
+    def _place(self, step: int, item: str):
+        # The handlers read without the manager, and so without its barriers, at which the other processes would wait
+        # for one that meets damage.
+        return self.manager.directory / str(step) / item
+
+    def _proven(self, step: int) -> dict:
+        """What stands beside the state, as it was saved."""
+        with self._reading(step):
+            found = ocp.JsonCheckpointHandler().restore(self._place(step, "notes"))
+            if found.pop("digest", "") != _digest(found):
+                raise ValueError("the notes are not as saved")
+        return found
 
     @contextlib.contextmanager
     def _reading(self, step: int):
+        """Makes damage that one process meets an error of all."""
+        line = ""
         try:
             yield
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax raises any kind, Exception itself among them
-            whole = f"{os.path.join(self.folder, str(step))} is damaged: {_short(error.__cause__ or error)}"
-            others = listing(str(s) for s in self.steps() if s != step)
-            raise UserError(whole + (f"; delete it to go on from step {others}" if others else "")) from error
+            if stores.failed(error):  # nothing is known of the checkpoint
+                raise UserError(f"cannot read {os.path.join(self.folder, str(step))}: {_short(error)}") from error
+            line = _short(error.__cause__ or error)
+            if isinstance(error, LookupError | TypeError | AttributeError):  # which say little by themselves
+                line = f"{type(error).__name__}: {line}"
+        if line := first_said(line):
+            raise self._damaged(step, line)
 
-    def _compare(self, step: int, saved: Tree, like: Tree) -> None:
+    def _damaged(self, step: int, line: str) -> Damaged:
+        others = [other for other in self.steps() if other != step]
+        return Damaged(f"{os.path.join(self.folder, str(step))} is damaged: {line}", others)
+
+    def _compare(self, step: int, have: dict[str, str], want: dict[str, str]) -> None:
         """Orbax casts another dtype in silence and reports another structure in thousands of lines."""
-        describe = lambda tree: {
-            path: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
-            for path, leaf in zip(paths(tree), jax.tree.leaves(tree))
-            if hasattr(leaf, "shape")
-        }
-        have, want = describe(saved), describe(_named(like))
         wrong = [f"{p} missing" for p in want if p not in have] + [f"{p} unexpected" for p in have if p not in want]
         wrong += [f"{p} is {have[p]}, expected {want[p]}" for p in want if p in have and have[p] != want[p]]
         wrong.sort(key=lambda line: not line.startswith("params/"))  # what tells most comes first
@@ -165,6 +241,16 @@ def _short(error: Exception) -> str:
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     system = re.search(r"([^:]+) \[os_error_code", text)
     return system[1].strip() if system else text[:200]
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of plain JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _shapes(tree: Tree) -> dict[str, str]:
+    """{path: shape and type} of every array."""
+    return {path: f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for path, leaf in flat(_named(tree)).items()}
 
 
 def _named(tree: Tree) -> Tree:

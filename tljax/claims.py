@@ -13,6 +13,7 @@ file that is made for it.
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,9 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from tljax import files
 
 STALE = 60.0  # seconds without a heartbeat, after which a holder counts as dead
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -82,17 +86,57 @@ def take(folder: Path, stale: float = STALE) -> "Claim | None":
         newest = _newest(folder)
         if newest and not _free(folder, newest, stale):
             return None
-        path = folder / f"claim-{newest + 1:04d}"
-        taken = publish(path, json.dumps(identity() | {"since": time.strftime("%F %T")}) + "\n")
+        return succeed(folder, newest, stale)
     except FileNotFoundError:  # another process has just removed the folder
         return None
-    return Claim(path, stale) if taken else None
+
+
+def succeed(folder: Path, number: int, stale: float = STALE) -> "Claim | None":
+    """Claims work of which the claim of this number, the last one that was seen, is free; None: another was faster."""
+    path = folder / f"claim-{number + 1:04d}"
+    try:
+        if not publish(path, json.dumps(identity() | {"since": time.strftime("%F %T")}) + "\n"):
+            return None
+    except FileNotFoundError:  # removed by who was faster, and has tidied up
+        return None
+    if _newest(folder) > number + 1:  # so was the claim of this number
+        path.unlink(missing_ok=True)
+        return None
+    return Claim(path, stale)
 
 
 def holder(folder: Path, stale: float = STALE) -> dict | None:
     """Who is at the work of a folder: {"worker", "host", "pid", "since", …}; None where nobody is."""
     newest = _newest(folder)
-    return None if not newest or _free(folder, newest, stale) else _read(folder / f"claim-{newest:04d}")[0]
+    if not newest or _free(folder, newest, stale):
+        return None
+    # A claim that is being written, or is damaged, does not say who.
+    return {"worker": "another worker", "since": "now"} | _read(folder / f"claim-{newest:04d}")[0]
+
+
+class Last(NamedTuple):
+    """The claim that counts: its number (0: there is none), whose it is, when it was touched, whether it was left."""
+
+    number: int
+    identity: dict
+    touched: float
+    left: bool
+
+
+def last(folder: Path) -> Last:
+    """The claim that counts."""
+    number = _newest(folder)
+    path = folder / f"claim-{number:04d}"
+    try:
+        found, touched = _read(path) if number else ({}, 0.0)
+    except FileNotFoundError:  # tidied up by who has succeeded it
+        return last(folder)
+    return Last(number, found, touched, path.with_name(f"{path.name}.left").exists())
+
+
+def age(folder: Path, claim: Last) -> float:
+    """Seconds since a claim was touched, by the clock of the file system; what is to come has been long ago."""
+    return abs(now(folder) - claim.touched)
 
 
 def begun(folder: Path) -> bool:
@@ -120,7 +164,7 @@ class Claim(contextlib.AbstractContextManager):
 
     def __exit__(self, *_):
         self._end.set()
-        self._thread.join()
+        self._thread.join(timeout=10)  # it may hang in a file system that is away
         with contextlib.suppress(OSError):  # a full disk: the claim is free when this process ends
             self.path.with_name(f"{self.path.name}.left").touch()
 
@@ -140,7 +184,8 @@ def _free(folder: Path, number: int, stale: float) -> bool:
     if path.with_name(f"{path.name}.left").exists():
         return True
     found, touched = _read(path)
-    return _dead(found) or _now(folder) - touched > stale
+    # A holder whose clock has been set back is soon touched by it again.
+    return _dead(found) or abs(now(folder) - touched) > stale
 
 
 def _read(path: Path) -> tuple[dict, float]:
@@ -148,13 +193,13 @@ def _read(path: Path) -> tuple[dict, float]:
     with path.open() as file:
         touched = os.fstat(file.fileno()).st_mtime
         try:
-            found = json.load(file)
+            found = files.parsed(file.read())
         except ValueError:
             found = {}
     return found if isinstance(found, dict) else {}, touched
 
 
-def _now(folder: Path) -> float:
+def now(folder: Path) -> float:
     """The time of the file system."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as file:
         return os.fstat(file.fileno()).st_mtime
@@ -190,8 +235,31 @@ def _dead(found: dict) -> bool:
     """Whether a claim's process was on this machine and is no more."""
     try:
         return found["machine"] == _machine() and _born(found["pid"]) not in (found["born"], "alive")
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return False
+
+
+def alive(found: dict) -> bool | None:
+    """Whether a process, of which one has the `identity`, lives; None where that is not to be known from here."""
+    return None if not found.get("machine") or found["machine"] != _machine() else not _dead(found)
+
+
+def mark() -> str:
+    """This process within a file's name, by which others of its machine can tell whether it lives (`died`)."""
+    return f"{_short_machine()}.{os.getpid()}.{_born(os.getpid())}"
+
+
+def died(of: str) -> bool | None:
+    """Whether the process of a `mark` is dead; None where that is not to be known from here."""
+    machine, _, process = of.partition(".")
+    pid, _, born = process.partition(".")
+    if machine != _short_machine() or not pid.isdigit():
+        return None
+    return _born(int(pid)) not in (born, "alive")
+
+
+def _short_machine() -> str:
+    return hashlib.sha256(_machine().encode()).hexdigest()[:8]
 
 
 def _born(pid: int) -> str:

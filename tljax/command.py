@@ -1,15 +1,14 @@
 """A command's two ends: its flags, and how it exits when something goes wrong."""
 
-import os
 import re
 import sys
-import time
 import traceback
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from tljax import cluster, stores
 from tljax.config import flatten
 from tljax.errors import UserError, nearest
 
@@ -116,15 +115,18 @@ def run(main) -> None:
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
+        cluster.failing()
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        _fail(130)
+        _fail(130, "interrupted")
     except Exception as error:
+        cluster.failing(error)
         line = explained(error)
         if line is None:
             traceback.print_exc()
-            _fail(1)
+            _fail(1, f"{type(error).__name__}: {_one_line(error)[:200]}")
         sys.stderr.write(f"error: {line}\n")  # in one piece, where several processes write
-        _fail(2)
+        _fail(cluster.RESTART if _lost(error) else 2, line)
+    cluster.leave()
     sys.stdout.flush()
     raise SystemExit(code)
 
@@ -139,17 +141,20 @@ def explained(error: Exception) -> str | None:
     if short or isinstance(error, MemoryError):
         where = _one_line(error)[:200]
         return f"out of memory: {where}; try a smaller config.batch_size or a larger config.optim.accumulate"
-    if type(error).__name__ == "JaxRuntimeError" and LOST.search(str(error)):
+    if stores.failed(error):
+        return f"a store cannot be read or written ({stores.explained(error, '')})"
+    if _lost(error):
         return f"another process of this run is gone; start all of them again ({_one_line(error)[:200]})"
     return None
 
 
-def _fail(code: int) -> None:
-    """Exits; one process of several does not wait for the others, as JAX's orderly end would: they wait for it."""
+def _lost(error: Exception) -> bool:
+    return type(error).__name__ == "JaxRuntimeError" and bool(LOST.search(str(error)))
+
+
+def _fail(code: int, line: str) -> None:
+    """Exits; the other processes of a run are told why."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("JAX_NUM_PROCESSES") or 1) > 1:
-        if os.environ.get("JAX_PROCESS_ID") == "0":
-            time.sleep(1)  # its end takes the others down: what fails in all of them fails there on its own
-        os._exit(code)
+    cluster.failed(code, line)
     raise SystemExit(code)

@@ -9,7 +9,9 @@ from collections.abc import Container
 
 from ml_collections import ConfigDict
 
+from tljax import durations
 from tljax.errors import UserError, listing, nearest, unknown
+from tljax.files import parsed
 
 
 def base(model: str = "efficientnet_lite0") -> ConfigDict:
@@ -109,6 +111,10 @@ def base(model: str = "efficientnet_lite0") -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.delta = False  # leave out what has never trained: restoring takes it from the weights again
 
+    config.stall = "10 minutes"  # without a step, after which the stacks of all threads are written down; "": never
+    config.profile = ""  # a window of steps for the profiler, as "steps:100-110"; "": none (docs/watching.md)
+    config.wandb = ""  # metrics go to Weights & Biases too: "PROJECT" or "ENTITY/PROJECT", extra wandb; "": no
+
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # jit over a mesh, or pmap
     config.parallel.data = -1  # devices over which only the batch is laid; -1: the rest
@@ -165,7 +171,10 @@ def nbytes(value: str, field: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]B)\s*", value)
     if not match:
         raise UserError(f"config.{field} = {value!r}: expected a number of {listing(UNITS)}, as '4 GB'")
-    return round(float(match[1]) * UNITS[match[2]])
+    count = float(match[1]) * UNITS[match[2]]
+    if not count < 2**63:
+        raise UserError(f"config.{field} = {value!r}: expected fewer than 2**63 bytes")
+    return round(count)
 
 
 CHOICES = {
@@ -223,6 +232,10 @@ def check(config: ConfigDict) -> None:
         duration(fields[field], 1.0, field)
     duration(fields["optim.warmup"], 1.0, "optim.warmup", whole=1)
     nbytes(fields["cache_limit"], "cache_limit")
+    durations.seconds(fields["stall"], "stall")
+    durations.window(fields["profile"], "profile")
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+|", fields["wandb"]):
+        raise UserError(f"config.wandb = {fields['wandb']!r}: expected 'PROJECT' or 'ENTITY/PROJECT'")
     if "://" in fields["cache_folder"]:
         raise UserError(f"config.cache_folder = {fields['cache_folder']!r}: features are kept in a local folder")
 
@@ -251,14 +264,17 @@ def from_json(text: str) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    return ConfigDict(tuples(parsed(text)))
 
 
 def digest(config: ConfigDict) -> str:
     """Eight hexadecimal digits that tell configs apart, for the names of workdirs."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:8]
+    said = {name: value for name, value in config.to_dict().items() if name not in WATCHING}
+    return hashlib.sha256((json.dumps(said, indent=2) + "\n").encode()).hexdigest()[:8]
 
 
+# How a run is watched, and no part of what it computes: it may go on, in the same folder, under others.
+WATCHING = ("stall", "profile", "wandb")
 # How a run is laid over its devices, and no part of what it computes: it may go on under others.
 ELASTIC = ("parallel.mode", "parallel.data", "parallel.fsdp", "parallel.remat")
 
@@ -276,7 +292,8 @@ def call(text: str, functions: dict, kind: str):
     """
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    # Also of null bytes, and of what is nested too deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{kind} {text!r} cannot be read: expected a call, as partial(last=4)") from None
 
     def value(node):
@@ -290,7 +307,7 @@ def call(text: str, functions: dict, kind: str):
             return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{kind} {text!r}: {ast.unparse(node)!r} is neither a call nor a value") from None
 
     def invoke(name, positional, named):

@@ -53,8 +53,8 @@ def conclude(run, state: State) -> None:
             pictures.mistakes(mistakes(run, logits, shown, wrong), path / "mistakes.png", total=len(wrong))
         if lost:
             source_pictures.forgetting(lost["forgetting"], path / "forgetting.png")
-    run.workdir.close()
     told = summary(run, steps) | {"best": best, "evaluated_step": chosen} | found | lost
+    run.workdir.close(told)
     run.workdir.write("summary.json", json.dumps(told, indent=2) + "\n")
     page(run.workdir)
     run.console.final(told)
@@ -123,10 +123,11 @@ def summary(run, steps: int) -> dict:
         },
         "steps": steps,
         "epochs": round(steps / run.per_epoch, 3),
-        "time": {k: round(v, 2) for k, v in (run.clock.seconds | {"total": time.time() - STARTED}).items()},
+        "time": {k: round(v, 2) for k, v in (run.clock.seconds | {"total": time.perf_counter() - STARTED}).items()},
         "first_step_seconds": run.first_step,
         "images_per_second": float(np.median(speeds)) if speeds else None,
         "input_wait": waited(run),
+        "compile": run.watch.compiles.told(),
         "checkpoint": {"delta": config.checkpoint.delta, "base": run.keeper.base_digest()} | run.checkpoint_bytes,
         **parallel.cost(run.train_step),
         "peak_memory_bytes": parallel.memory_peak(),

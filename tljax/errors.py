@@ -3,9 +3,20 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 10_000  # characters of an error
+
 
 class UserError(Exception):
     """Bad input. Its text is one line: what was found, where, what was expected, the nearest name."""
+
+    def __init__(self, text: str):
+        # Names that a file holds may have line breaks, control characters for the terminal, or any length.
+        line = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} …")
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:

@@ -1,15 +1,18 @@
 """Repeats the final figures of a run from its checkpoint: `python -m tljax.evaluate --workdir=…`."""
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
     "config": False,
     "workdir": "the run",
     "checkpoint": "best, last or a step (default: what config.select says)",
+    **cluster.FLAGS,
 }
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
+
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -25,10 +28,13 @@ from tljax.workdir import Workdir
 
 
 class Evaluator:
-    """Gives the logits of every example of a split, in order, each exactly once; compiles once, and once a cut."""
+    """Gives the logits of every example of a split, in order, each exactly once; compiles once, and once a cut.
 
-    def __init__(self, exp: experiment.Experiment, layout: parallel.Layout):
-        self.exp, self.layout = exp, layout
+    `alive` is called after each batch.
+    """
+
+    def __init__(self, exp: experiment.Experiment, layout: parallel.Layout, alive: Callable[[], None] = lambda: None):
+        self.exp, self.layout, self.alive = exp, layout, alive
         self._programs = {}
 
     def __call__(self, params, stats, split: data.Split, cache: FeatureCache | None = None) -> np.ndarray:
@@ -44,9 +50,10 @@ class Evaluator:
         else:
             name, batches = "features", data.slices(cache(split), self.layout.batch_size, process)
         predict = self.predict(cache and cache.cut)
-        logits = [
-            np.asarray(predict(params, stats, self.layout.place_batch({name: batch[name]})[name])) for batch in batches
-        ]
+        logits = []
+        for batch in batches:
+            logits.append(np.asarray(predict(params, stats, self.layout.place_batch({name: batch[name]})[name])))
+            self.alive()
         # Global batches lie in the order of the split; what fills the last one up comes at the end.
         return np.concatenate(logits)[: len(split)]
 
@@ -70,8 +77,8 @@ def restore(workdir: Workdir, which: str = ""):
     last = checkpoints.latest()
     if last is None:
         raise UserError(f"{workdir.path} has no checkpoint yet")
-    best = checkpoints.notes(last)["best"]
-    step = best["step"] if which == "best" and best else last if which in ("best", "last") else which
+    best = checkpoints.notes(last)["best"] if which == "best" else None
+    step = best["step"] if best else last if which in ("best", "last") else which
     if step not in checkpoints.steps() and str(step) not in map(str, checkpoints.steps()):
         raise UserError(
             f"no checkpoint {step} in {workdir.path}; there are: {', '.join(map(str, checkpoints.steps()))}"
@@ -93,9 +100,10 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     workdir = Workdir(flags.workdir)
     config = workdir.config()
-    parallel.start()
+    cluster.join(flags, config, "tljax.evaluate")
     console = Console(enabled=jax.process_index() == 0)
     dataset = data.load(config.data)
+    cluster.meet(photographs=lambda: dataset.digest[:16])
     exp, layout, params, stats, notes = restore(workdir, flags.checkpoint)
     if tuple(notes["classes"]) != dataset.classes:
         raise UserError(f"the classes of {dataset.name} are not those that {workdir.path} was trained on")

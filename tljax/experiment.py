@@ -335,8 +335,14 @@ def versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            return "not installed"
+
     names = ("tljax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def total_steps(config: ConfigDict, examples: int) -> tuple[int, float]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tljax.errors import UserError
 
@@ -40,6 +42,14 @@ def locate(source: str, what: str, install: str = "") -> Path:
     if not path.exists():
         raise UserError(f"{what}: {path} does not exist")
     return path
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON text says. Raises ValueError for anything else, also for what no program has nested so deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def cached(*parts: str) -> Path:

@@ -8,11 +8,11 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from tljax import claims, stores
+from tljax import claims, files, stores
 from tljax import config as configs
 from tljax.errors import UserError, listing
 from tljax.report import text
@@ -75,6 +75,7 @@ class Folder(Workdir):
             groups = [{"kept": units[0].kept, "units": [unit.numbers for unit in units]} for units in make()]
             return json.dumps({"groups": groups}) + "\n"
 
+        damaged = f"{place / 'plan.json'} cannot be read ({{}}); delete {self.path}"
         with self._reported():
             try:
                 found = claims.once(place, "plan.json", made, self.stale)
@@ -82,14 +83,17 @@ class Folder(Workdir):
                 if not self.begun:
                     self._vanish(place)
                 raise
+            except UnicodeDecodeError as error:
+                raise UserError(damaged.format(error)) from error
         try:
             return [
-                Unit(i, group["kept"], tuple(map(int, numbers)))
-                for i, group in enumerate(json.loads(found)["groups"])
-                for numbers in group["units"]
+                Unit(i, _checked(group["kept"], str), tuple(_checked(number, int) for number in _checked(unit, list)))
+                for i, group in enumerate(files.parsed(found)["groups"])
+                for unit in group["units"]
+                if unit
             ]
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{place / 'plan.json'} cannot be read ({error}); delete {self.path}") from error
+            raise UserError(damaged.format(error)) from error
 
     def _vanish(self, place: Path) -> None:
         """Removes what planning has left, and the folder where nothing else is in it."""
@@ -145,18 +149,26 @@ class Folder(Workdir):
 
     def workers(self) -> dict[str, int]:
         """{worker: how many units it has done}."""
-        by = [found.get("worker", "") for found in self._results()]
+        by = [found["worker"] for found in self._results()]
         return {name: by.count(name) for name in sorted(set(by))}
 
     def _results(self) -> list[dict]:
         found = []
         for file in sorted(self.finished()):
             try:
-                found.append(json.loads(file.read_text()))
-                [row["number"] for row in found[-1]["rows"]]
-            except (OSError, ValueError, LookupError, TypeError) as error:
+                found.append(files.parsed(file.read_text()))
+                _checked(found[-1].setdefault("worker", ""), str)
+                [_checked(row["number"], int) for row in found[-1]["rows"]]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{file} cannot be read ({error}); delete it, and its members train again") from error
         return found
+
+
+def _checked(value: Any, kind: type) -> Any:
+    """The value, of the type that it must be of. Raises TypeError."""
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:40]!r} where there should be {kind.__name__}")
+    return value
 
 
 def _name(numbers: Sequence[int]) -> str:

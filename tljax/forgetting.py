@@ -5,7 +5,7 @@ how far the features behind each stage have moved. Stages run one after another,
 stage are held, and for CKA the mean of every map over its positions.
 """
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
@@ -187,7 +187,6 @@ def _cka(value: float | None) -> str:
 
 def main(argv: list[str]) -> int:
     """Measures what a run's network has forgotten of its source task, and adds it to summary and report."""
-    from tljax import parallel
     from tljax.evaluate import restore
     from tljax.report import source_pictures
     from tljax.report.console import Console, quiet_libraries
@@ -199,7 +198,7 @@ def main(argv: list[str]) -> int:
         raise UserError("no --workdir: give the folder of a run")
     quiet_libraries()
     workdir = Workdir(flags.workdir)
-    parallel.start()
+    cluster.alone("tljax.forgetting")
     exp, _, params, stats, _ = restore(workdir, flags.checkpoint)
     net, photographs = source.task(exp, flags.source)
     console = Console()

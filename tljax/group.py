@@ -138,13 +138,13 @@ class Group:
         or None, "seconds": its share, "group": the group's first member, "how", "kept", "curve": rows as those of
         metrics.jsonl}.
         """
-        begun = time.time()
+        begun = time.perf_counter()
         filled = self.filled(courses, size)
         own, shared = self.begin(filled, say)
         steps, own, best = self.fit(courses, filled, own, shared, say=say)
         own = own if best is None else best
         found = {name: self.figures(courses, filled, own, shared, name) for name in ("val", "test")}
-        seconds = (time.time() - begun) / len(courses)
+        seconds = (time.perf_counter() - begun) / len(courses)
         rows = [
             row(course, {name: of[:, k] for name, of in steps.items()}, {name: found[name][k] for name in found})
             for k, course in enumerate(courses)
@@ -221,7 +221,7 @@ class Group:
                 self.compiled = self.programs.step.lower(*arguments).compile()
             own, alive, measured = self.compiled(*arguments)
             if step == start:
-                begun = told = time.time()  # compiled
+                begun = told = time.perf_counter()  # compiled
             pending.append((go, measured))
             going = [course for course, goes in zip(courses, go) if goes]
             for course in going:
@@ -234,8 +234,8 @@ class Group:
                 continue
             done += fetched(courses, pending)
             pending = []
-            if step + 1 < stop and time.time() > told + TELL:
-                told = time.time()
+            if step + 1 < stop and time.perf_counter() > told + TELL:
+                told = time.perf_counter()
                 left = text.duration((told - begun) / (step - start) * (stop - step - 1))
                 going = text.counted(sum(not course.over for course in courses), "member")
                 say(f"step {step + 1} of {stop}, {going}: about {left} left")

@@ -168,10 +168,10 @@ class Competition:
         total, start = max(course.total for course in self.courses), 0
         for stop in (*self.halved.steps(total), total):
             for part in self.parts:
-                begun = time.time()
+                begun = time.perf_counter()
                 self.advance(part, start, stop)
                 for course in part.courses:
-                    self.notes[course.member.number].seconds += (time.time() - begun) / len(part.courses)
+                    self.notes[course.member.number].seconds += (time.perf_counter() - begun) / len(part.courses)
             if stop < total:
                 self.compete(stop)
             start = stop

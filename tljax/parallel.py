@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,36 +21,13 @@ FSDP_LEAST = 2**14  # values; smaller leaves stay whole: gathering them costs mo
 
 
 def start() -> None:
-    """What comes before the first use of a device: the compilation cache, and joining the other processes."""
+    """What comes before the first use of a device: the compilation cache, and threads for fake devices."""
     if int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1) > 1:
         # With fewer threads than fake CPU devices their collectives can wait for each other for ever.
         os.environ.setdefault("PJRT_NPROC", "16")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(files.cached("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    join()
-
-
-def join() -> None:
-    """Joins the other processes where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so."""
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if os.environ.get(name)]
-    if not given:
-        return
-    if len(given) < len(names):
-        raise UserError(f"{', '.join(given)} set, but not {', '.join(set(names) - set(given))}: set all or none")
-    address, count, index = (os.environ[name] for name in names)
-    if count == "1":
-        return
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: expected 0 <= id < number")
-    try:
-        jax.distributed.initialize(address, int(count), int(index))
-    except RuntimeError as error:
-        raise UserError(f"cannot join the other processes at {address}: {' '.join(str(error).split())}") from error
-    # gloo, which joins CPUs, announces its connections on file descriptor 1: Python keeps the real one to itself.
-    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Layout:
@@ -258,11 +234,18 @@ def members_over(wanted: int, count: int) -> int:
     return min(wanted or there, count)
 
 
+def memory() -> dict[str, int]:
+    """Bytes of this process's fullest device, {"memory_bytes": now, "memory_peak_bytes"}; {} where none tells them."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    names = {"memory_bytes": "bytes_in_use", "memory_peak_bytes": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) for name, key in names.items() if stats and all(key in s for s in stats)}
+
+
 def memory_peak() -> int:
     """Bytes: the largest device's peak where the backend tells it, else the process's peak resident size."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
+    found = memory().get("memory_peak_bytes")
+    if found is not None:
+        return found
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

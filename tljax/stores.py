@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from tljax import files
 from tljax.errors import UserError
 
 LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: (library, extra that installs it)
+# Libraries that reach stores: their own errors.
+REACHING = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google.api_core", "google.auth", "google.cloud", "requests")
+# How tensorstore's errors begin where nothing is said of what is stored.
+STATUS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED")
 BLOCK = 1 << 20  # bytes that a copy holds at once
 
 
@@ -77,6 +82,19 @@ def explained(error: Exception, address: str) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket}, or it cannot be seen with these credentials"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def failed(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a store's that was not reached or refused, and no other's."""
+    while error is not None:
+        if type(error).__module__.startswith(REACHING):
+            return True
+        if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs'
+            return True
+        if isinstance(error, ValueError) and STATUS.match(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def near(address: str | os.PathLike, *inside: str) -> Path:

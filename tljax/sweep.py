@@ -5,7 +5,7 @@ at once (`tljax.members`). Every other axis makes groups. A group, or a part of 
 same command on the same folder takes the next that nobody has (`tljax.folder`).
 """
 
-from tljax import claims, command
+from tljax import claims, cluster, command
 
 SHARE = 0.8  # of the free memory, that a group may take
 USAGE = {
@@ -14,7 +14,7 @@ USAGE = {
     "memory": f"bytes of a device that a group may take, as '4 GB' (default: {SHARE:.0%} of what is free)",
     "how": "vmap (members at once), map (in turn in one step), sequence (one run after another) or auto, the fastest",
     "launch": "start workers: local(4), slurm(nodes=4, partition='gpu') or ray(4), see docs/sweeps.md",
-    "workers": "divide groups for so many workers (default: as many as --launch starts, else 1)",
+    "workers": "divide groups for so many workers (default: as many as were started together, else 1)",
     "wait": "for units that others are at: yes (the default; takes over from who dies) or no",
     "stale": f"seconds without a heartbeat, after which a worker counts as dead (default: {claims.STALE:g})",
 }
@@ -28,10 +28,9 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-import jax
 from ml_collections import ConfigDict
 
-from tljax import alike, data, experiment, grid, halving, members, memory, parallel, search, workers
+from tljax import alike, data, experiment, grid, halving, members, memory, search, workers
 from tljax import config as configs
 from tljax.claims import Claim
 from tljax.distributions import Distribution
@@ -55,14 +54,15 @@ def main(argv: list[str]) -> int:
         raise unknown("--wait", flags.wait, ("yes", "no"))
     limit = configs.nbytes(flags.memory, "memory") if flags.memory else None
     if flags.launch:
+        cluster.alone("tljax.sweep --launch")
         sweep = Sweep(flags.config, folder, Console(), flags.how or "auto", limit or 0)
         return workers.launch(flags.launch, sweep, argv, SHARE)
     workers.end_with_parent()
     quiet_libraries()
-    parallel.start()
-    if jax.process_count() > 1:
-        raise UserError("a sweep's workers are processes of their own: start each without JAX_COORDINATOR_ADDRESS")
-    limit = limit or int(SHARE * memory.free())
+    place = cluster.worker()
+    if place is not None and not flags.workers:
+        count = place.count
+    limit = limit or int(SHARE * memory.free() / (place.beside if place else 1))
     return Sweep(flags.config, folder, Console(), flags.how or "auto", limit, count, flags.wait != "no").run()
 
 
@@ -95,7 +95,7 @@ class Sweep:
 
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
-        begun = time.time()
+        begun = time.perf_counter()
         if self.folder.begun:
             self.folder.claim(self.config)
         done = self.folder.results()
@@ -106,7 +106,7 @@ class Sweep:
             for self.members in generations:
                 self.train(self.members)
         best = self.tables(last=True)
-        seconds = text.duration(time.time() - begun)
+        seconds = text.duration(time.perf_counter() - begun)
         missing = self.search.count(self.config) - len(self.folder.results())
         others = f"; {text.counted(missing, 'member')} with other workers" if missing else ""
         self.console.print(f"{best}; {seconds} in all{others}; everything is in {self.folder.path}")
@@ -274,6 +274,9 @@ def _check(config: ConfigDict) -> None:
         raise UserError(f"config.phases = {config.phases!r}: a sweep has one phase; give config.strategy")
     if config.source.data:
         raise UserError(f"config.source.data = {config.source.data!r}: a sweep does not measure forgetting")
+    for field in ("profile", "wandb"):
+        if config[field]:
+            raise UserError(f"config.{field} = {config[field]!r} is for single runs, not for a sweep")
 
 
 def _outcome(rows: list[dict]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax import tokens, weights
+from tljax import files, tokens, weights
 from tljax.errors import UserError, listing, nearest
 from tljax.models import clip
 
@@ -159,13 +158,15 @@ def beside(source: str) -> tuple[str | None, int | None]:
     for name in ("config.json", "open_clip_config.json"):
         path = weights.beside(source, name)
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path else {}
+            found = files.parsed(path.read_text(encoding="utf-8")) if path else {}
             if "model_cfg" in found:
                 return ("quick_gelu" if found["model_cfg"].get("quick_gelu") else "gelu"), None
             if "text_config" in found:
                 text = found["text_config"]
-                end = text.get("eos_token_id", 2)
-                return text.get("hidden_act", "quick_gelu"), end if isinstance(end, int) and end != 2 else None
+                end, activation = text.get("eos_token_id", 2), text.get("hidden_act", "quick_gelu")
+                if not isinstance(activation, str):
+                    raise ValueError(f"hidden_act is {str(activation)[:40]}, expected a name")
+                return activation, end if isinstance(end, int) and end != 2 else None
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: {error}") from None
     return None, None

@@ -1,7 +1,6 @@
 """Texts as the numbered tokens of CLIP, by the library `tokenizers` (extra `clip`)."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ BESIDE = ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
 PACKAGES = ("open_clip", "clip")
 MERGES = "bpe_simple_vocab_16e6.txt.gz"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_LONGEST = 1000  # characters of a line, of which gzip could make any number from a few bytes
 _MERGES_USED = 49152 - 256 - 2  # of those in the list
 _PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace("<|", r"<\|")
 
@@ -32,6 +32,8 @@ class Tokenizer:
         self._start, self.end = (backend.token_to_id(token) for token in (START, END))
         if self._start is None or self.end is None:
             raise UserError(f"tokenizer {source}: it has no {START} or no {END}, which CLIP's texts begin and end with")
+        if max(backend.get_vocab().values()) >= self.size:
+            raise UserError(f"tokenizer {source}: its {self.size} tokens are not numbered from 0 on")
 
     def __call__(self, texts: Sequence[str], context: int) -> np.ndarray:
         """int32 [texts, context]: a text's tokens between start and end, filled up with ends.
@@ -104,7 +106,7 @@ def _read(path: Path) -> Tokenizer:
     try:
         if path.suffix == ".gz" or path.name.endswith(".txt"):
             return Tokenizer(_of_merges(path), str(path))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.parsed(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and "model" in found:
             return Tokenizer(Backend.from_file(str(path)), str(path))
         merges = (path.parent / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -124,8 +126,8 @@ def _of_merges(path: Path):
     """Of OpenAI's list: the vocabulary is the bytes, the bytes that end a word, then what the merges make, in order."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : _MERGES_USED + 1]
-    pairs = [tuple(line.split()) for line in lines if line]
+        lines = [file.readline(_LONGEST) for _ in range(_MERGES_USED + 1)][1:]
+    pairs = [tuple(line.split()) for line in lines if line.strip("\n")]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     # As in GPT-2: bytes that no character shows stand for themselves as the characters from 256 on.
     alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]

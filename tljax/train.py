@@ -4,11 +4,12 @@ Reads top to bottom: config, data, model and plan by shapes, weights, optimizer,
 and the final figures (`tljax.ending`).
 """
 
-from tljax import command, pages
+from tljax import cluster, command, pages
 
 USAGE = {
     "description": __doc__,
     "workdir": "the run's folder (default: runs/NAME-DIGEST); an interrupted run goes on there",
+    **cluster.FLAGS,
 }
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
@@ -24,18 +25,34 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import STARTED, cache, data, delta, ending, experiment, fisher, optim, parallel, phases, source
+from tljax import (
+    STARTED,
+    cache,
+    data,
+    delta,
+    ending,
+    experiment,
+    fisher,
+    hosts,
+    optim,
+    parallel,
+    phases,
+    source,
+    writers,
+)
 from tljax import config as configs
 from tljax.clock import Clock
-from tljax.errors import UserError
+from tljax.errors import Diverged, UserError
 from tljax.evaluate import Evaluator
 from tljax.keeper import Keeper
 from tljax.leaks import lint
+from tljax.lock import Lock
 from tljax.report import metrics, text
 from tljax.report.console import Console, quiet_libraries
 from tljax.step import State, evaluated, init_state, numbers_of, part, whole
 from tljax.termination import Termination
 from tljax.waiting import InputWait
+from tljax.watch import Watch
 from tljax.workdir import Workdir
 
 
@@ -44,7 +61,7 @@ def main(argv: list[str]) -> int:
     flags = command.from_command_line(argv, **USAGE)
     quiet_libraries()
     configs.check(flags.config)
-    parallel.start()
+    cluster.join(flags, flags.config, "tljax.train")
     first = jax.process_index() == 0
     path = flags.workdir or f"runs/{flags.config.name}-{configs.digest(flags.config)}"
     run = Run(flags.config, Workdir(path, writes=first), Console(enabled=first))
@@ -56,7 +73,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: Workdir, console: Console):
         self.config, self.workdir, self.console = config, workdir, console
-        self.clock = Clock(start=time.time() - STARTED)
+        self.lock = Lock(workdir.path)
+        self.clock = Clock(start=time.perf_counter() - STARTED)
+        self.watch = Watch(config, workdir, self.clock, console)
         self.cache = None  # the features of the frozen prefix, where they are kept
         self.looked, self.leaks = False, {}  # whether the lint has looked at a step, and what it has found, in order
         self.waited = 0.0  # seconds for which the device had no batch, of those that training took
@@ -64,10 +83,16 @@ class Run:
 
     def train(self) -> int:
         """Returns the exit code: 0, or 143 and 130 where SIGTERM and Ctrl-C stopped the run."""
+        with self.lock:
+            return self.watch.over(self.work)
+
+    def work(self) -> int:
+        """What `train` does; from the moment at which it writes no other run may be in the workdir."""
         config = self.config
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
         with self.clock("data"):
             self.dataset = data.load(config.data)
+            cluster.meet(photographs=lambda: self.dataset.digest[:16])
         if not len(self.dataset.val) and (config.select == "best" or config.early_stop):
             field = "select = 'best'" if config.select == "best" else f"early_stop = {config.early_stop}"
             raise UserError(f"config.{field} needs a val split, config.data.val = {config.data.val!r} leaves none")
@@ -90,6 +115,9 @@ class Run:
             self.console.final(finished)
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
+        self.lock.take(self.console.print)
+        self.workdir.claim(config)  # again: two may have come at once
+        self.watch.begin(self.total)
         with self.clock("model"):
             table = experiment.plan_table(self.exp)
         self.workdir.write("plan.txt", f"{table}\n")
@@ -97,12 +125,13 @@ class Run:
         self.console.plan(table)
 
         self.keeper = Keeper(self.workdir.path, self.layout)
-        latest = self.keeper.checkpoints.latest()
-        first = phases.index(self.phases, latest or 0)
         with self.clock("weights"):
-            state = self.begin() if latest is None else self.resume(latest)
+            state = self.keeper.newest(self.resume, self.console.print)
+            state = self.begin() if state is None else state
+        first = phases.index(self.phases, int(state.step))
         self.workdir.rewind(int(state.step))
-        self.evaluate = Evaluator(self.exp, self.layout)
+        self.workdir.writers = writers.begin(config, self.workdir, self.console.print)
+        self.evaluate = Evaluator(self.exp, self.layout, self.watch.alive)
         with Termination() as self.termination:
             for i in range(first, len(self.phases)):
                 try:
@@ -144,6 +173,7 @@ class Run:
         params, stats, report = self.exp.load()
         if report is not None:
             self.console.print(report.line())
+            cluster.meet(loaded_weights=lambda: hosts.digest((params, stats), report.loaded))
         if self.config.head:
             self.console.print(f"the head begins as the zero-shot classifier, prompts: {self.config.templates}")
         phase, examples = self.phases[0], len(self.dataset.train)
@@ -196,9 +226,11 @@ class Run:
         if self.config.checkpoint.delta:
             share = f"a checkpoint holds {text.size(held)} of {text.size(whole)} ({100 * held / whole:.0f} %)"
             self.console.print(f"{share}, the rest is the base's: {self.keeper.base_digest()[:16]}")
+        cluster.meet(step=lambda: int(state.step))
         self.keep_features(state)
         with self.clock("compile"):
             self.compile(self.layout.abstract(like))
+        cluster.meet()
         return state
 
     def keep_features(self, state: State) -> None:
@@ -239,6 +271,7 @@ class Run:
     def save(self, state: State) -> None:
         """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
+            self.lock.check()
             self.workdir.flush()
             self.keeper.save(state, self.plan)
 
@@ -283,7 +316,7 @@ class Run:
         now = lambda: whole(own, shared, self.plan)
         pending = self.keeper.notes["pending"]  # metrics of the steps since the last row
         stopping = False
-        bar, wait = self.console.progress(self.total, start, every["log"]), InputWait()
+        bar, wait = self.console.progress(self.total, start, every["log"]), self.watch.steps(start)
         with bar as bar, wait, contextlib.closing(batches):
             begun, counted = self.clock.tick(), 0
             for step in range(start + 1, self.phase.stop + 1):
@@ -297,14 +330,14 @@ class Run:
                     stopping, pending[:] = True, self.fetched(pending, step - 1)
                     self.save(now())
                     break
-                own, measured = self.train_step(own, shared, batch, self.numbers)
+                own, measured = self.watch.profile(step, self.train_step, own, shared, batch, self.numbers)
                 wait.given(measured)
                 pending.append(measured)
                 counted += 1
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     if self.first_step is None:
-                        self.first_step = round(time.time() - STARTED, 2)
+                        self.first_step = round(time.perf_counter() - STARTED, 2)
                         self.console.print(f"first step {self.first_step:.1f} s after the command")
                     self.clock.add("first step", self.clock.tick() - begun)
                     begun, counted = self.clock.tick(), 0  # what follows is the steady pace
@@ -321,7 +354,8 @@ class Run:
                     row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
                     pending.clear()
                     told = {f"train/{k}": v for k, v in row.items()} | {"lr": float(self.schedule(step - 1))}
-                    self.log(step, told | ({"images_per_second": round(speed, 1)} if speed else {}))
+                    self.log(step, told | ({"images_per_second": round(speed, 1)} if speed else {}) | parallel.memory())
+                    self.watch.waited(self.waited + wait.seconds, bool(self.cache))
                     bar.update(step, row, speed)
                 better = "eval" in due and self.assess(step, now())
                 if stopping or "checkpoint" in due or self.ended_early():
@@ -361,7 +395,7 @@ class Run:
             if not math.isfinite(m["loss"]):
                 self.keeper.checkpoints.wait()
                 last = self.keeper.checkpoints.latest()
-                raise UserError(
+                raise Diverged(
                     f"the loss is {m['loss']} at step {at}; the last good checkpoint is "
                     + (f"step {last} in {self.workdir.path}" if last is not None else "none")
                     + f"; try a smaller config.optim.lr than {self.config.optim.lr:g}, a longer config.optim.warmup, "

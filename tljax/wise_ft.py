@@ -5,7 +5,7 @@ the target task; for the source task the loaded one is put back. LoRA and IA3 ar
 well. Nothing is trained.
 """
 
-from tljax import command
+from tljax import cluster, command
 
 USAGE = {
     "description": __doc__,
@@ -125,7 +125,6 @@ def _alphas(given: str) -> tuple[float, ...]:
 
 def main(argv: list[str]) -> int:
     """Evaluates the weights between the loaded and the trained ones of a run, on its own task and the source's."""
-    from tljax import parallel
     from tljax.report import source_pictures
     from tljax.report.console import Console, quiet_libraries
     from tljax.report.page import html
@@ -138,7 +137,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     workdir = Workdir(flags.workdir)
     config = workdir.config()
-    parallel.start()
+    cluster.alone("tljax.wise_ft")
     dataset = data.load(config.data)
     exp, layout, params, stats, notes = restore(workdir, flags.checkpoint)
     if tuple(notes["classes"]) != dataset.classes:

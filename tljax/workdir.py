@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tljax import config as configs
-from tljax import stores
+from tljax import files, stores
 from tljax.errors import UserError, listing
 
 COPY_EVERY = 30.0  # seconds between two copies to a store of what has grown
@@ -34,7 +34,9 @@ class Workdir:
         self.copied_at = 0.0
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
+        self.writers = []  # what else takes the rows of metrics (tljax.writers)
         self._events = None
+        self._resumed = 0  # the step behind which the rows go on
 
     def claim(self, config: ConfigDict) -> None:
         """Makes the folder this experiment's. Raises UserError where it holds another one or is unwritable."""
@@ -43,7 +45,8 @@ class Workdir:
                 self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.json"
             if file.exists():
-                differing = configs.differences(self.config(), config, but=configs.ELASTIC)
+                may = (*configs.ELASTIC, *configs.WATCHING)
+                differing = configs.differences(self.config(), config, but=may)
                 if differing:
                     raise UserError(
                         f"{self.path} holds a run with another config: {listing(differing)}; "
@@ -95,8 +98,9 @@ class Workdir:
             lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                int(row["step"])
+                row = files.parsed(line)
+                if type(row["step"]) is not int:
+                    raise ValueError
                 rows.append(row)
             except (ValueError, TypeError, LookupError):
                 if number < len(lines):
@@ -105,24 +109,17 @@ class Workdir:
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`: a run that resumes there writes them again."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
         if not self.writes:
             return
         kept = "".join(json.dumps(r) + "\n" for r in self.rows() if r["step"] <= step)
         self.write("metrics.jsonl", kept)
-        with self._reported():
-            if self.remote:
+        self._resumed = step
+        if self.remote:
+            with self._reported():
                 self._clear()
                 self.near.mkdir(parents=True, exist_ok=True)
                 (self.near / "metrics.jsonl").write_text(kept)
                 self.copied = {"metrics.jsonl": len(kept.encode())}
-            # Not SummaryWriter: on a full disk its thread dies, and the run waits for it for ever.
-            self._events = EventsWriter(os.path.join(self.near, "events"))
-            if step:  # TensorBoard forgets what came after
-                start = SessionLog(status=SessionLog.START)
-                self._events.write_event(Event(step=step + 1, session_log=start, wall_time=time.time()))
 
     def log(self, row: dict) -> None:
         """Appends a row of metrics (it has a `step`) to metrics.jsonl and to the TensorBoard events."""
@@ -134,11 +131,15 @@ class Workdir:
         with self._reported():
             with (self.near / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self._events is None:  # now, and not before: who starts again and again leaves no empty files
+                self._events = self._opened()
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
                     event = Event(step=row["step"], wall_time=time.time(), summary=scalar(name, value))
                     self._events.write_event(event)
             self._events.flush()
+        for writer in self.writers:
+            writer.log(row)
         if time.monotonic() - self.copied_at > COPY_EVERY:
             self.flush()
 
@@ -162,13 +163,26 @@ class Workdir:
         for file in self._growing():
             file.unlink(missing_ok=True)
 
+    def _opened(self):
+        """A new file of TensorBoard events."""
+        # Not SummaryWriter: on a full disk its thread dies, and the run waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        # The number of the process: within a second, or where the clock is set back, names would come twice.
+        events = EventsWriter(os.path.join(self.near, "events"), f".{os.getpid()}")
+        if self._resumed:  # TensorBoard forgets what came after
+            start = SessionLog(status=SessionLog.START)
+            events.write_event(Event(step=self._resumed + 1, session_log=start, wall_time=time.time()))
+        return events
+
     def summary(self) -> dict | None:
         """The final figures, or None where the run has not ended."""
         file = self.path / "summary.json"
         try:
             with self._reading():
                 text = file.read_text() if file.exists() else "null"
-            found = json.loads(text)
+            found = files.parsed(text)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read: {error}; delete it, and the same command writes it anew"
@@ -177,17 +191,23 @@ class Workdir:
             raise UserError(f"{file} holds {type(found).__name__}, expected an object; delete it")
         return found
 
-    def close(self) -> None:
-        """Flushes the TensorBoard events."""
-        if self._events is not None:
+    def close(self, summary: dict | None = None) -> None:
+        """Ends the TensorBoard events and other writers, which get the final figures, if there are some."""
+        others, self.writers = self.writers, []
+        for writer in others:
+            writer.close(summary)
+        if self._events is None:
+            return
+        try:
             with self._reported():
                 self._events.close()
             self.flush()
-            if self.remote:
-                self._events = None
-                self._clear()
-                with contextlib.suppress(OSError):
-                    self.near.rmdir()
+        finally:
+            self._events = None
+        if self.remote:
+            self._clear()
+            with contextlib.suppress(OSError):
+                self.near.rmdir()
 
     @contextlib.contextmanager
     def _reported(self):

@@ -79,7 +79,7 @@ def read(path: str | Path) -> Stored:
     file = files.locate(str(path), f"adapters {str(path)!r}")
     values, metadata = safetensors.read(file), safetensors.metadata(file)
     try:
-        told = [dict(fields) for fields in json.loads(metadata[KEY])]
+        told = [dict(fields) for fields in files.parsed(metadata[KEY])]
         found = tuple(KINDS[fields.pop("kind")](**fields, file=str(path)) for fields in told)
         return Stored(found, values, metadata["base"])
     except (KeyError, TypeError, ValueError):

@@ -5,6 +5,10 @@ import io
 
 import numpy as np
 
+# What a header may claim, before memory is taken for the pixels: photographs have some hundred pixels a byte at most.
+# PIL itself refuses more than 179 million.
+SMALL, DENSEST = 2**24, 1000
+_ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG can say how it is turned
 JPEG = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as some phones write; the first is the photograph
 
 
@@ -46,7 +50,10 @@ def _decode_bytes(data: bytes, target: int, box) -> np.ndarray:
     try:
         # Only the header is read here: 0.05 ms. It decides who decodes.
         header = Image.open(io.BytesIO(data))
-        turned = header.getexif().get(0x0112, 1)
+        _check(header.size, len(data))
+        turned = _turned(header, data)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage(f"{len(data):,} bytes that are no image of a known format" if data else "empty") from None
     except Exception as error:
@@ -74,6 +81,21 @@ def _decode_bytes(data: bytes, target: int, box) -> np.ndarray:
     if not box:
         return pixels
     return _part(pixels, where or box(*pixels.shape[:2]), shrink)
+
+
+def _turned(header, data: bytes) -> int:
+    """The EXIF orientation; 1: upright."""
+    # To look for what may stand behind a PNG's pixels, PIL would decode them all.
+    if header.format == "PNG" and not any(mark in data for mark in _ORIENTED):
+        return 1
+    return header.getexif().get(0x0112, 1)
+
+
+def _check(size: tuple[int, int], length: int) -> None:
+    """Raises BadImage for a picture that so few bytes cannot be."""
+    width, height = size
+    if width * height > max(SMALL, length * DENSEST):
+        raise BadImage(f"claims {width:,} × {height:,} pixels in {length:,} bytes: no photograph")
 
 
 def _opencv_reads(header, data: bytes, turned: int) -> bool:

@@ -1,15 +1,20 @@
 """Parquet files with an image column and a label column, Hugging Face image data sets among them."""
 
 import hashlib
-import json
+import mmap
 from pathlib import Path
 
 import numpy as np
 
+from tljax.data import parquet_pages
 from tljax.data.table import Table, split_name
 from tljax.errors import UserError, unknown
-from tljax.files import check, locate
+from tljax.files import check, locate, parsed
 from tljax.stores import is_remote
+
+# What the columns may unpack to: photographs are compressed already. And how many rows are unpacked at a time, of which
+# a file may repeat one of its own length.
+DENSEST, SMALL, ROWS = 100, 1 << 26, 256
 
 
 class _Column:
@@ -34,7 +39,6 @@ def read(fields, path: str) -> Table:
     data. The encoded images stay in memory. Raises UserError.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     place = locate(path, "data", f"-e '.[{fields.extra}]'" if fields.extra else "")
     files = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
@@ -47,13 +51,10 @@ def read(fields, path: str) -> Table:
     tables = []
     for file in files:
         try:
-            schema = pq.read_schema(file)
-            for name in wanted:
-                if name not in schema.names:
-                    raise unknown(f"column of {file.name}:", name, schema.names)
-            tables.append(pq.read_table(file, columns=list(dict.fromkeys(wanted))))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} is no readable parquet file: {str(error).splitlines()[0]}") from None
+            tables.append(_unpacked(file, list(dict.fromkeys(wanted))))
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            detail = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} is no readable parquet file: {detail}") from error
 
     splits = [_splits(file, table, fields.split_column, len(files) == 1) for file, table in zip(files, tables)]
     columns, names = [], []
@@ -73,9 +74,42 @@ def read(fields, path: str) -> Table:
         splits=np.concatenate(splits),
         keys=[hashlib.sha256(images[row]).hexdigest() for row in range(len(images))],
         coarse=coarse,
-        class_names=_class_names(tables[0].schema, label_column),
+        class_names=_class_names(tables[0].schema, label_column, files[0]),
         origin=path if is_remote(path) else str(place),
     )
+
+
+def _unpacked(file: Path, wanted: list[str]):
+    """Some columns of a file; what its lengths claim is not believed. Raises UserError, and what Arrow raises."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    length = file.stat().st_size
+    limits = {f"thrift_{what}_size_limit": max(length, 1) for what in ("string", "container")}
+    with pq.ParquetFile(file, **limits) as opened:
+        schema = opened.schema_arrow
+        for name in wanted:
+            if name not in schema.names:
+                raise unknown(f"column of {file.name}:", name, schema.names)
+        if not 0 <= opened.metadata.num_rows <= length:
+            raise ValueError(f"claims {opened.metadata.num_rows:,} rows in {length:,} bytes")
+        most, parts, taken = max(SMALL, DENSEST * length), [], 0
+        if _largest(file, wanted) > most:
+            raise ValueError(f"claims to unpack to more than {DENSEST} times its {length:,} bytes")
+        for part in opened.iter_batches(ROWS, columns=wanted):
+            parts.append(part)
+            taken += part.nbytes
+            if taken > most:  # by references to a value that the file has once
+                raise ValueError(f"unpacks to more than {DENSEST} times its {length:,} bytes")
+        fields = pa.schema([schema.field(name) for name in wanted], schema.metadata)
+        table = pa.Table.from_batches([part.select(wanted) for part in parts], fields)
+        table.validate(full=True)  # texts are UTF-8
+        return table
+
+
+def _largest(file: Path, wanted: list[str]) -> int:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return parquet_pages.largest(mapped, wanted)
 
 
 def _splits(file: Path, table, column: str, alone: bool) -> np.ndarray:
@@ -122,13 +156,18 @@ def _labels(column: str, values: list) -> list:
     )
 
 
-def _class_names(schema, column: str) -> tuple[str, ...] | None:
+def _class_names(schema, column: str, file: Path) -> tuple[str, ...] | None:
     """The ClassLabel names of the Hugging Face `datasets` metadata, None without them."""
     text = (schema.metadata or {}).get(b"huggingface")
     if not text:
         return None
-    feature = json.loads(text).get("info", {}).get("features", {}).get(column, {})
-    names = feature.get("names") if isinstance(feature, dict) else None
-    if isinstance(names, dict):  # how dataset cards store it: {"0": "cat", "1": "dog"}
-        names = [names[key] for key in sorted(names, key=int)]
+    try:
+        feature = parsed(text).get("info", {}).get("features", {}).get(column, {})
+        names = feature.get("names") if isinstance(feature, dict) else None
+        if isinstance(names, dict):  # how dataset cards store it: {"0": "cat", "1": "dog"}
+            names = [names[key] for key in sorted(names, key=int)]
+        if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
+            raise ValueError(f"{str(names)[:40]!r} are no names of classes")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: the huggingface metadata of its schema cannot be read ({error})") from error
     return tuple(names) if names else None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+from tljax import files
 from tljax.weights import catalogue
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -239,7 +240,7 @@ def to_header(card: Card) -> dict[str, str]:
 def from_header(metadata: Mapping[str, str], source: str, sha256: str) -> Card | None:
     """The card in a file's header; None where there is none that can be used."""
     try:
-        told = json.loads(metadata[KEY])
+        told = files.parsed(metadata[KEY])
         values = {field: told[field] for field in _TOLD}
         values |= {field: tuple(map(float, told[field])) for field in ("mean", "std")}
         if len(values["mean"]) != 3 or len(values["std"]) != 3 or not 0 < float(values["crop"]) <= 1:

@@ -1,7 +1,11 @@
 """Reads Keras weights, `.h5` of Keras 2 and `.weights.h5` of Keras 3, through h5py (extra `keras`)."""
 
+import functools
+import math
+import mmap
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +18,8 @@ MAGIC = b"\x89HDF\r\n\x1a\n"
 # What an optimizer keeps beside the weights: `.h5` of Keras 2, `.weights.h5` of Keras 3.
 _OPTIMIZER = ("optimizer_weights", "optimizer")
 _DEPTH = 64
+# deflate, shuffle, fletcher32, LZF. Others make a few bytes any number, or are looked for in libraries elsewhere.
+_FILTERS = {1, 2, 3, 32000}
 _DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, AttributeError, MemoryError)
 
 
@@ -76,7 +82,7 @@ def _read(path: str, h5py: Any) -> Arrays:
             if isinstance(item, h5py.Group):
                 walk(item, f"{where}/", depth + 1)
             elif isinstance(item, h5py.Dataset):
-                own = _by_layer(prefix, group.attrs.get("name")) + name
+                own = _by_layer(prefix, _attribute(path, group, "name")) + name
                 entries[where if own in entries else own] = _entry(path, where, item)
             else:
                 raise UserError(f"{path}: {where!r} is neither a group nor an array")
@@ -89,6 +95,38 @@ def _read(path: str, h5py: Any) -> Arrays:
         file.close()
         raise
     return Arrays(entries)
+
+
+def _attribute(path: str, group: Any, name: str) -> Any:
+    """An attribute with one value; None where there is none, or many."""
+    if name not in group.attrs or group.attrs.get_id(name).shape != ():
+        return None
+    _check_heaps(path, os.stat(path).st_mtime_ns)
+    return group.attrs[name]
+
+
+@functools.lru_cache(maxsize=1)
+def _check_heaps(path: str, changed: int) -> None:
+    """Raises ValueError for a global heap, where texts lie, with an object of no size: libhdf5 would read it for ever.
+
+    Follows section III.E of HDF5's file format specification.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        sizes = mapped[9:11] if mapped[8] >= 2 else mapped[13:15]
+        if mapped[:8] != MAGIC or sizes != b"\x08\x08":
+            raise ValueError("addresses or lengths that have not 8 bytes")
+        heap = -1
+        while (heap := mapped.find(b"GCOL\x01", heap + 1)) >= 0:
+            end = heap + int.from_bytes(mapped[heap + 8 : heap + 16], "little")
+            if not heap + 4096 <= end <= len(mapped):
+                continue  # numbers that look like one, or a heap that libhdf5 refuses
+            at = heap + 16
+            while at + 16 <= end:
+                index, _, _, size = struct.unpack_from("<HHIQ", mapped, at)
+                taken = 16 + (size + 7) // 8 * 8 if index else size
+                if not 0 < taken <= end - at:
+                    raise ValueError(f"a damaged heap at byte {heap}")
+                at += taken
 
 
 def _by_layer(prefix: str, layer: Any) -> str:
@@ -104,7 +142,14 @@ def _entry(path: str, name: str, dataset: Any) -> Entry:
         raise UserError(f"{path}: the numbers of {name!r} lie in another file; not read")
     if dataset.shape is None or dataset.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name!r} is of type {dataset.dtype}, which is not read")
-    shape, size, there = tuple(dataset.shape), dataset.nbytes, dataset.id.get_storage_size()
+    made = dataset.id.get_create_plist()
+    filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+    if len(set(filters)) < len(filters) or not _FILTERS.issuperset(filters):
+        raise UserError(f"{path}: {name!r} is compressed in a way that is not read (filters {filters})")
+    shape, size = tuple(dataset.shape), dataset.nbytes
+    there = min(dataset.id.get_storage_size(), os.path.getsize(path))
+    if dataset.chunks:  # one is unpacked as a whole
+        size = max(size, math.prod(dataset.chunks) * dataset.dtype.itemsize)
     # Without this a file of a few bytes could ask for any number of gigabytes of its fill value.
     if size > there * (DEFLATE if dataset.chunks else 1):
         raise ValueError(f"{name} of shape {shape} claims {size} bytes but has {there}")

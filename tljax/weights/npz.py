@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tljax.weights.lazy import DEFLATE, Arrays, Entry
 _HEADER = 10_000
 _DAMAGED = (ValueError, TypeError, LookupError, OverflowError, EOFError, SyntaxError, RecursionError, MemoryError)
 _DAMAGED = (*_DAMAGED, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError)
+_DAMAGED = (*_DAMAGED, tokenize.TokenError)
 
 
 def read(path: str | os.PathLike) -> Arrays:

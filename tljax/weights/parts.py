@@ -1,6 +1,5 @@
 """Weights in several files: an index or a manifest in JSON, and the shards that it names beside it."""
 
-import json
 import math
 import mmap
 import os
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tljax.errors import UserError, listing, nearest
+from tljax.files import parsed
 from tljax.weights import lazy
 from tljax.weights.lazy import Arrays, Entry
 
@@ -32,11 +32,14 @@ def names(path: Path) -> list[str]:
     except (AttributeError, TypeError, KeyError):
         raise _unlike(path) from None
     for name in found:
-        # Also no other folder by a drive's letter or a backslash.
-        if not isinstance(name, str) or not name or Path(name).name != name or {"\\", ":"} & set(name) or name == "..":
+        # Also no other folder by a drive's letter or a backslash; no file system has longer names.
+        plain = isinstance(name, str) and 0 < len(name.encode("utf-8", "replace")) < 256 and name != ".."
+        if not plain or Path(name).name != name or {"\\", ":", "\0"} & set(name):
             raise UserError(f"{path} names the file {str(name)[:100]!r}, which does not lie beside it")
     if not found:
         raise UserError(f"{path} names no files")
+    if len(set(found)) < len(found):
+        raise UserError(f"{path} names the file {max(found, key=found.count)[:100]!r} twice")
     return found
 
 
@@ -67,8 +70,8 @@ def read(path: str | os.PathLike, reader: Callable[[Path], Mapping[str, np.ndarr
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parsed(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path}: damaged or truncated JSON ({str(error)[:100]})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -133,15 +136,19 @@ def _described(path: Path, weight: Any) -> tuple[str, tuple[int, ...], np.dtype]
         raise UserError(f"{path}: the weight {name!r} is quantised, which is not read: convert without quantisation")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: the weight {name!r} is of type {str(dtype)[:40]}, which is not read")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+    # numpy ends at 64 dimensions; no weights come near.
+    if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise UserError(f"{path}: the weight {name!r} has the shape {str(shape)[:40]}")
     return name, tuple(shape), np.dtype(DTYPES[dtype])
 
 
 def _mapped(file: Path) -> mmap.mmap | bytes:
-    with file.open("rb") as opened:
-        # An empty file cannot be mapped.
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(opened.fileno()).st_size else b""
+    try:
+        with file.open("rb") as opened:
+            # An empty file cannot be mapped.
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(opened.fileno()).st_size else b""
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
 
 
 def _slice(

@@ -61,8 +61,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: {name!r} is of type {entry['dtype']}, which is not read")
         dtype = np.dtype(ml_dtypes.bfloat16 if entry["dtype"] == "BF16" else _DTYPES[entry["dtype"]])
         shape, offset = entry["shape"], start + entry["data_offsets"][0]
-        # An empty array may lie at the end of the file, where numpy takes no view.
-        arrays[name] = np.zeros(shape, dtype) if 0 in shape else np.ndarray(shape, dtype, mapped, offset)
+        try:
+            # An empty array may lie at the end of the file, where numpy takes no view.
+            arrays[name] = np.zeros(shape, dtype) if 0 in shape else np.ndarray(shape, dtype, mapped, offset)
+        except (ValueError, TypeError) as error:  # more dimensions, or longer ones, than numpy has
+            raise UserError(f"{path}: {name!r} of shape {str(shape)[:80]} is not read ({error})") from None
     return arrays
 
 

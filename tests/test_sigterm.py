@@ -1,0 +1,54 @@
+"""SIGTERM at random moments: what a scheduler sends before it takes a machine away."""
+
+import contextlib
+import functools
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command
+from test_launch import launch
+from test_resume import MORE, end, newest
+
+from tljax.lock import Lock
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_at_twenty_random_moments_loses_nothing(tiny, tmp_path, processes):
+    """Of two processes either may get it: both save the same step, and the launcher's exit code says start me again."""
+    rng, argv = random.Random(), [*tiny, *MORE, "--config.train_for=2000 steps"]
+    start = lambda path: (launch if processes > 1 else functools.partial(command, "tljax.train"))(
+        *argv, f"--workdir={path}"
+    )
+    whole = start(tmp_path / "whole")
+    out, err = whole.communicate(timeout=3000)
+    assert whole.returncode == 0, err
+    first_step = float(re.search(r"first step ([0-9.]+) s after the command", out)[1])
+
+    stopped, codes = tmp_path / "stopped", []
+    for _ in range(100):
+        before, process = newest(stopped), start(stopped)
+        if len(codes) < 20:
+            time.sleep(first_step * rng.uniform(0, 1.5))
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            one = rng.choice(children) if processes > 1 and children and rng.random() < 0.7 else process.pid
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(one), signal.SIGTERM)
+        out, err = process.communicate(timeout=3000)
+        codes.append(process.returncode)
+        assert process.returncode in (0, 143, -signal.SIGTERM), (out, err)
+        assert "Traceback" not in err
+        if process.returncode == 0:
+            break
+        said = re.findall(r"stopped by SIGTERM at step (\d+), saved", out)
+        assert newest(stopped) == int(said[0]) if said else newest(stopped) >= before
+        with Lock(stopped) as free:  # nobody is in the workdir
+            free.take()
+    assert len(codes) > 20
+    assert 143 in codes
+    assert end(stopped) == end(tmp_path / "whole")
