@@ -109,7 +109,7 @@ def test_config_files(says, tmp_path):
         (["batch_size=16", "optim.accumulate=4"], "8 devices × 4 parts of config.optim.accumulate"),
         (["parallel.fsdp=3"], "config.parallel.fsdp = 3 does not divide the 8 devices"),
         (["parallel.data=2", "parallel.fsdp=2"], "parallel.data × config.parallel.fsdp = 2 × 2 = 4, but there are 8"),
-        (["parallel.frozen_dtype=bfloat16"], "frozen_dtype = 'bfloat16' needs config.dtype = 'bfloat16'"),
+        (["parallel.frozen_dtype=bfloat16"], "'bfloat16' needs config.dtype = 'bfloat16', not 'float32'"),
         (["parallel.fsdp=2", "parallel.mode=pmap"], "config.parallel.fsdp needs config.parallel.mode = 'jit'"),
         (["augment.mixup=0.2", "parallel.mode=pmap"], "mixup and CutMix pair neighbours: a batch of 1 a device is odd"),
     ],

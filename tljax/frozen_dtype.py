@@ -5,15 +5,17 @@ done once, before it is placed. Which leaves a model reads so, and not in float3
 off the traced model rather than guessed from their names.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
-from tljax.errors import UserError
-from tljax.plan import paths
+from tljax.errors import UserError, listing
+from tljax.plan import flat, paths
 
 if TYPE_CHECKING:
     from tljax.experiment import Experiment
@@ -50,6 +52,25 @@ def narrow(exp: "Experiment") -> frozenset[str]:
 
         found &= cast_alone(forward, exp.shapes["params"], dtype, stats, image, jax.random.key(0))
     return frozenset(found - {leaf.path for _, plan in exp.plans for leaf in plan.trainable})
+
+
+def widened(exp: "Experiment", params: Tree) -> Tree:
+    """A run's parameters with those that it stores narrow as the weights have them, which are loaded anew.
+
+    For what leaves the run: files, and weights into which adapters are folded. Raises UserError where the weights are
+    no longer those that the run began with.
+    """
+    if not exp.narrow:
+        return params
+    config = exp.config.copy_and_resolve_references()
+    config.parallel.frozen_dtype = ""
+    base = flat(dataclasses.replace(exp, config=config).load()[0])
+    values, structure = flat(params), jax.tree.structure(params)
+    same = lambda path: np.array_equal(np.asarray(base[path]).astype(values[path].dtype), values[path])
+    differing = [path for path in sorted(exp.narrow) if not same(path)]
+    if differing:
+        raise UserError(f"the weights are not those that the run began with: {listing(differing, 3)} differ")
+    return structure.unflatten([base[path] if path in exp.narrow else value for path, value in values.items()])
 
 
 def cast_alone(function, tree: Tree, dtype: Any, *more: Any) -> frozenset[str]:

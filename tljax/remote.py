@@ -62,7 +62,7 @@ def _beside(near: Path) -> Path:
 def _record(near: Path) -> dict[str, Any]:
     """What is known of a copy; nothing, unless its content still has the digest that it had."""
     try:
-        record = json.loads(_beside(near).read_text())
+        record = files.parsed(_beside(near).read_text())
         return record if record["sha256"] == files.digest(near) else {}
     except (OSError, ValueError, LookupError, TypeError, UserError):
         return {}

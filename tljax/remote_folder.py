@@ -115,7 +115,7 @@ def _fetch(far, path: str, near: Path, length: int) -> None:
 
 def _record(source: str) -> dict:
     try:
-        record = json.loads((_near(source).parent / "record.json").read_text())
+        record = files.parsed((_near(source).parent / "record.json").read_text())
         return record if record["source"] == source.rstrip("/") else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax import adapters, models, weights
+from tljax import adapters, frozen_dtype, models, weights
 from tljax.data.dataset import Split, read
 from tljax.data.pipeline import eval_batches
 from tljax.data.table import Table
@@ -87,7 +87,7 @@ def without_adapters(exp: Experiment, params: dict) -> tuple[Experiment, dict]:
     """The experiment with adapters folded into plain weights. Raises UserError for those that cannot be."""
     if not isinstance(exp.model, adapters.Adapted):
         return exp, params
-    return replaced(exp, exp.model.model), host(adapters.merge(exp.model, params))
+    return replaced(exp, exp.model.model), host(adapters.merge(exp.model, frozen_dtype.widened(exp, params)))
 
 
 def replaced(exp: Experiment, model: Any) -> Experiment:

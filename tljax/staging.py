@@ -59,7 +59,7 @@ class Staging:
     def _listed(self, step: int) -> dict[str, str]:
         """The files of a checkpoint that the store has; none where their list is damaged."""
         try:
-            return dict(json.loads((self.far / str(step) / WHOLE).read_text()))
+            return dict(files.parsed((self.far / str(step) / WHOLE).read_text()))
         except ValueError:
             return {}
 

@@ -63,11 +63,12 @@ def put(folder: Path, case: Case) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, content in case.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def taken(folder: Path) -> Case:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def outcome(target: Target, folder: Path, seconds: float = SECONDS) -> tuple[str, str]:
@@ -75,7 +76,7 @@ def outcome(target: Target, folder: Path, seconds: float = SECONDS) -> tuple[str
     from tljax.errors import UserError
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    granted = target.bound + FACTOR * sum(file.stat().st_size for file in folder.iterdir())
+    granted = target.bound + FACTOR * sum(file.stat().st_size for file in folder.rglob("*"))
     began = time.process_time()
     faulthandler.dump_traceback_later(6 * seconds, exit=True)
     try:
@@ -177,7 +178,7 @@ def keep(folder: Path, kind: str, case: Case) -> Path:
     """Keeps a finding, the smallest of its kind."""
     slug = "".join(c if c.isalnum() else "_" for c in kind)[:60] + "-" + hashlib.sha256(kind.encode()).hexdigest()[:6]
     path, size = folder / slug, sum(map(len, case.values()))
-    if not path.exists() or size < sum(file.stat().st_size for file in path.iterdir()):
+    if not path.exists() or size < sum(map(len, taken(path).values())):
         put(path, case)
     return path
 

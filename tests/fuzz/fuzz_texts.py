@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 import shlex
+import tempfile
 from pathlib import Path
 
 import lies
 import mutations as m
-from target import Case, Target, saved
+import numpy as np
+from target import MB, Case, Target, saved
 
 
 def _tokenizer() -> list[Case]:
@@ -169,6 +171,37 @@ def _run(folder: Path) -> None:
     workdir.summary()
 
 
+def _checkpoint() -> list[Case]:
+    from tljax.checkpoint import Checkpoints
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(3, {"a": np.arange(6, dtype=np.float32), "step": np.int32(3)}, {"step": 3, "classes": ["x"]})
+        checkpoints.close()
+        files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+        return [{str(file.relative_to(folder)): file.read_bytes() for file in files}]
+
+
+def _restored(folder: Path) -> None:
+    import jax
+
+    from tljax.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(folder, create=False)
+    for step in checkpoints.steps():
+        # What proves itself is what was saved.
+        assert checkpoints.notes(step) == {"step": 3, "classes": ["x"]}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = {
+            "a": jax.ShapeDtypeStruct((6,), np.float32, sharding=here),
+            "step": jax.ShapeDtypeStruct((), np.int32, sharding=here),
+        }
+        found = checkpoints.restore(step, like)
+        assert np.asarray(found["a"]).tolist() == [0, 1, 2, 3, 4, 5]
+        assert int(found["step"]) == 3
+    checkpoints.close()
+
+
 def _sweep() -> list[Case]:
     from tljax import claims
 
@@ -203,11 +236,16 @@ def _json_ways(name: str) -> tuple[m.Mutation, ...]:
     return (*m.JSON, m.deep) if not name.endswith(".jsonl") else (*m.TEXT, m.deep)
 
 
+def _saved_ways(name: str) -> tuple[m.Mutation, ...]:
+    return m.JSON if name.endswith(("metadata", "METADATA", ".json")) else m.BYTES
+
+
 TARGETS = {
     "tokenizer": Target(_tokenizer, _tokens, _token_ways, share=0.3, lies=lies.tokenizer),
     "clip_config": Target(_beside, _told, _json_ways),
     "lists": Target(_lists, _lines, lambda name: m.TEXT),
     "overrides": Target(_overrides, _parsed, lambda name: (m.text, m.text, m.digits, m.flip), share=0.3),
     "workdir": Target(_workdir, _run, _json_ways, share=0.5),
+    "checkpoint": Target(_checkpoint, _restored, _saved_ways, bound=512 * MB, share=0.2),
     "sweep": Target(_sweep, _worked, _json_ways),
 }

@@ -13,7 +13,7 @@ USAGE = {
 if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
 
-from tljax import phases, plan
+from tljax import frozen_dtype, phases, plan
 from tljax.adapters import files, merge
 from tljax.errors import UserError
 from tljax.evaluate import restore
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     exp, layout, params, stats, notes = restore(Workdir(flags.workdir), flags.checkpoint)
     params, stats = layout.to_host((params, stats))
+    params = frozen_dtype.widened(exp, params)
     adapters, console = getattr(exp.model, "adapters", ()), Console()
     values = plan.flat({"params": params, "batch_stats": stats})
     if flags.save:

@@ -94,32 +94,22 @@ def _unpacked(file: Path, wanted: list[str]):
         if not 0 <= opened.metadata.num_rows <= length:
             raise ValueError(f"claims {opened.metadata.num_rows:,} rows in {length:,} bytes")
         most, parts, taken = max(SMALL, DENSEST * length), [], 0
-        if length:
-            _check_pages(file, opened.metadata, wanted, most)
+        if _largest(file, wanted) > most:
+            raise ValueError(f"claims to unpack to more than {DENSEST} times its {length:,} bytes")
         for part in opened.iter_batches(ROWS, columns=wanted):
             parts.append(part)
             taken += part.nbytes
             if taken > most:  # by references to a value that the file has once
                 raise ValueError(f"unpacks to more than {DENSEST} times its {length:,} bytes")
         fields = pa.schema([schema.field(name) for name in wanted], schema.metadata)
-        return pa.Table.from_batches([part.select(wanted) for part in parts], fields)
+        table = pa.Table.from_batches([part.select(wanted) for part in parts], fields)
+        table.validate(full=True)  # texts are UTF-8
+        return table
 
 
-def _check_pages(file: Path, metadata, wanted: list[str], most: int) -> None:
-    """Raises ValueError where pages of some columns claim to unpack to more than `most` bytes."""
+def _largest(file: Path, wanted: list[str]) -> int:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for group in range(metadata.num_row_groups):
-            for i in range(metadata.num_columns):
-                column = metadata.row_group(group).column(i)
-                if column.path_in_schema.split(".")[0] not in wanted:
-                    continue
-                starts = [column.data_page_offset, column.dictionary_page_offset or 0]
-                start = min(offset for offset in starts if offset > 0) if any(n > 0 for n in starts) else -1
-                stop = start + column.total_compressed_size
-                if not 0 < start <= stop <= len(mapped):
-                    raise ValueError(f"the column {column.path_in_schema} ends behind the end of the file")
-                if parquet_pages.unpacked(mapped, start, stop) > most:
-                    raise ValueError(f"claims to unpack to more than {DENSEST} times its {len(mapped):,} bytes")
+        return parquet_pages.largest(mapped, wanted)
 
 
 def _splits(file: Path, table, column: str, alone: bool) -> np.ndarray:

@@ -16,12 +16,13 @@ def is_run(path: Path) -> bool:
 
 def read(path: Path) -> Mapping[str, np.ndarray]:
     """The leaves of the checkpoint that config.select says, "params/…" and "batch_stats/…". Raises UserError."""
-    from tljax import adapters, plan
+    from tljax import adapters, frozen_dtype, plan
     from tljax.evaluate import restore
     from tljax.workdir import Workdir
 
     exp, layout, params, stats, _ = restore(Workdir(path))
     params, stats = layout.to_host((params, stats))
+    params = frozen_dtype.widened(exp, params)
     if getattr(exp.model, "adapters", ()):
         params = adapters.merge(exp.model, params)
     return plan.flat({"params": params, "batch_stats": stats})
