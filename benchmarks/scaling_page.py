@@ -144,10 +144,6 @@ def document(papers: dict, records: list[dict], models: dict, total: int) -> str
     missing, left = total - len(records), ""
     if missing:
         left = f" {missing} of {total} programs\nare not compiled yet: a dash stands for them."
-        ""
-        if len(records) == total
-        else f" {total - len(records)} of {total} programs\nare not compiled yet: a dash stands for them."
-    )
     said = remarks(records, models)
     said += "\n\n" if said else ""
     return f"""# Scaling, on paper
