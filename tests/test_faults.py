@@ -322,7 +322,8 @@ def test_what_one_of_two_processes_meets_all_say(tmp_path):
     assert two(tmp_path, "restore") == ["done"] * 2
     # Saved by two processes, read by one.
     x = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
-    like = {name: jax.ShapeDtypeStruct((64, 48), np.float32) for name in ("laid", "whole")}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = dict.fromkeys(("laid", "whole"), jax.ShapeDtypeStruct((64, 48), np.float32, sharding=here))
     restored = Checkpoints(tmp_path / "checkpoints", create=False).restore(1, like)
     assert all(np.asarray(value).tobytes() == x.tobytes() for value in restored.values())
 
