@@ -182,7 +182,7 @@ def main():
     records = [papers[r["model"], r["strategy"]] | r for r in found if "chips" in r]
     text = scaling_page.document(papers, records, MODELS, len(cases()))
     (ROOT / "docs/scaling.md").write_text(text)
-    scaling_page.picture(records, MODELS, ROOT / "docs/scaling.png")
+    scaling_page.picture(papers, records, MODELS, ROOT / "docs/scaling.png")
     print(text)
 
 

@@ -64,7 +64,7 @@ def communication(papers: dict, records: list[dict], models: dict) -> str:
     for paper in ordered(papers.values(), models):
         found = [plain.get((paper["model"], paper["strategy"], chips), {}) for chips in (8, 64, 256)]
         told = [f"{sum(r['collectives'].values()):,}" if "collectives" in r else "-" for r in found]
-        share = f"{100 * paper['trainable'] / paper['parameters']:.2g} %"
+        share = f"{100 * paper['trainable'] / paper['parameters']:.3g} %"
         rows.append((f"{models[paper['model']]}, {paper['strategy']}", share, f"{paper['theory']:,}", *told))
     return table(("", "trains", "theory", "8 chips", "64 chips", "256 chips"), rows)
 
@@ -141,15 +141,19 @@ def document(papers: dict, records: list[dict], models: dict, total: int) -> str
         return "# Scaling, on paper\n\nNo program is compiled yet: `python benchmarks/scaling.py`.\n"
     versions = ", ".join(f"{k} {v}" for k, v in records[0]["versions"].items())
     images = records[0]["images_a_chip"]
-    left = "" if len(records) == total else f" {total - len(records)} of {total} programs are not compiled yet."
+    missing, left = total - len(records), ""
+    if missing:
+        left = f" {missing} of {total} programs\nare not compiled yet: a dash stands for them."
+    said = remarks(records, models)
+    said += "\n\n" if said else ""
     return f"""# Scaling, on paper
 
-**Derived, not measured**: no TPU was used. Every figure below is read off the training step as the TPU's own compiler
-makes it for a slice of 8, 64 or 256 TPU v5e chips ({versions}; ahead of time, from shapes), beside what is published of
-a chip: {PEAK / 1e12:.0f} TFLOP/s in bfloat16, {HBM / 1e9:.0f} GB of memory at {HBM_RATE / 1e9:.0f} GB/s, links of 1,600
-Gbit/s; a pod of 256 in 32 hosts, with 6.4 Tbit/s to the outside
-([Google's page](https://cloud.google.com/tpu/docs/v5e)). bfloat16, AdamW, {images} images of 224 pixels a chip,
-1,000 classes; *LoRA* is of rank 8, *last 4* the last four stages before the head, and the head.{left}
+**Derived, not measured**: no TPU was used. What is not called theory is read off the training step as the TPU's own
+compiler makes it for a slice of 8, 64 or 256 TPU v5e chips ({versions}; ahead of time, from shapes), and set beside
+what is published of a chip: {PEAK / 1e12:.0f} TFLOP/s in bfloat16, {HBM / 1e9:.0f} GB of memory at
+{HBM_RATE / 1e9:.0f} GB/s, links of 1,600 Gbit/s; a pod of 256 in 32 hosts, with 6.4 Tbit/s to the outside
+([Google's page](https://cloud.google.com/tpu/docs/v5e)). bfloat16, AdamW, {images} images of 224 pixels a chip, 1,000
+classes; *LoRA* is of rank 8, *last 4* the last four stages before the head, and the head.{left}
 
 ![What a step asks of a chip](scaling.png)
 
@@ -157,7 +161,7 @@ Gbit/s; a pod of 256 in 32 hosts, with 6.4 Tbit/s to the outside
 
 Bytes that a step reduces, a chip. Theory: the gradient of what trains, in the dtype in which its layer reads it, three
 vectors for each BatchNorm that moves, two scalars. What is frozen adds nothing, and the number of chips changes
-nothing: a ring sends each byte twice, over however many chips. A dash stands for a program that is not compiled yet.
+nothing: a ring sends each byte twice, over however many chips.
 
 {communication(papers, records, models)}
 
@@ -170,24 +174,23 @@ On 256 chips. *fsdp 8* lays large leaves over 8 chips, *frozen bf16* is `frozen_
 
 ## What would bind first on a v5e-256
 
-Milliseconds of a step if one resource alone bounded it: the MXU by the compiler's FLOPs, HBM by the bytes that it says
-are accessed (fused operations counted once), ICI by the ring's volume, the hosts' network by {JPEG / 1e3:.0f} kB a
-photograph, decoding by {VCPUS} vCPUs at {DECODES:,} photographs/s a thread. The largest binds; no overlap is perfect
-and no resource reaches its peak, so these are lower bounds. The last columns are the input that a host of 8 chips needs
-where its chips work at their bound: photographs, JPEG bytes read, pixels sent to the devices, threads that decode.
+Milliseconds of a step if one resource alone bounded it: the MXU by the compiler's FLOPs, ICI by the ring's volume, the
+hosts' network by {JPEG / 1e3:.0f} kB a photograph, decoding by {VCPUS} vCPUs at {DECODES:,} photographs/s a thread: no
+resource reaches its peak, so these are lower bounds. HBM by the bytes that the compiler says its fused operations
+access, some of which never leave the chip: an upper bound. The largest binds. The last columns are the input that a
+host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes read, pixels sent to the devices,
+threads that decode.
 
 {bounds(records, models)}
 
-{remarks(records, models)}
-
-Kept features ([cache.md](cache.md)) take the frozen prefix out of the step and photographs out of the input: where the
-tables say that a head-only run would wait for its photographs, that is the way round it.
+{said}Kept features ([cache.md](cache.md)) take the frozen prefix out of the step and photographs out of the input:
+where the tables say that a head-only run would wait for its photographs, that is the way round it.
 
 `python benchmarks/scaling.py` writes this page.
 """
 
 
-def picture(records: list[dict], models: dict, file: Path) -> None:
+def picture(papers: dict, records: list[dict], models: dict, file: Path) -> None:
     """Bytes that pass, bytes that a chip holds, and the time that each resource would take."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -200,7 +203,12 @@ def picture(records: list[dict], models: dict, file: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, 5.6), layout="constrained")
         passes, holds, takes = figure.subplots(1, 3)
-        passes.barh(list(map(name, plain)), [sum(r["collectives"].values()) / 1e6 for r in plain], color="#2f6db5")
+        by_trained = ordered(papers.values(), models)
+        passes.barh(list(map(name, by_trained)), [r["theory"] / 1e6 for r in by_trained], 0.5, color="#a9c9e8",
+                    label="theory")  # fmt: skip
+        moved = [sum(r["collectives"].values()) / 1e6 for r in plain]
+        passes.scatter(moved, list(map(name, plain)), s=36, color="#2f6db5", label="compiled")
+        passes.legend(loc="upper right")
         passes.set(xscale="log", xlabel="MB reduced a step", title="what passes between chips")
         labels = [f"{name(r)}\n{r['layout']}" for r in whole]
         room = 4 + 0.22 * len(labels)
