@@ -12,6 +12,7 @@ of a chip.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -60,33 +61,36 @@ def cases() -> list[Case]:
     return found + [Case(m, s, "replicated", n) for n in (8, 64) for m in MODELS for s in STRATEGIES]
 
 
+def experiment_of(case: Case, layout=None):
+    """(experiment, its plan, its optimizer, its state's shapes) of a program."""
+    from tljax import config as configs
+    from tljax import experiment, optim
+
+    config = configs.base(case.model)
+    config.update(weights="", dtype="bfloat16", strategy=STRATEGIES[case.strategy], batch_size=A_CHIP * case.chips)
+    config.parallel.update(LAYOUTS[case.layout])
+    exp = experiment.build(config, 1000, layout and layout(config))
+    plan = exp.plans[0][1]
+    tx = optim.optimizer(plan, config.optim, lambda step: config.optim.lr)
+    return exp, plan, tx, exp.state_shapes(plan, tx)
+
+
 def compiled(case: Case) -> dict:
     """What the compiler says of a program; {"refused": its words} where a chip cannot hold it."""
     import jax
     from jax.experimental import topologies
 
-    from tljax import config as configs
-    from tljax import cost, experiment, optim
+    from tljax import cost
     from tljax.parallel import Layout
 
-    config = configs.base(case.model)
-    config.update(weights="", dtype="bfloat16", strategy=STRATEGIES[case.strategy], batch_size=A_CHIP * case.chips)
-    config.parallel.update(LAYOUTS[case.layout])
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[case.chips])
-    layout = Layout(config.parallel, config.batch_size, devices=list(topology.devices))
-    exp = experiment.build(config, 1000, layout)
-    plan = exp.plans[0][1]
-    tx = optim.optimizer(plan, config.optim, lambda step: config.optim.lr)
-    state, size = exp.state_shapes(plan, tx), exp.preprocessing.size
-    begun = time.time()
+    made = lambda config: Layout(config.parallel, config.batch_size, devices=list(topology.devices))
+    exp, plan, tx, state = experiment_of(case, made)
+    layout, size, begun = made(exp.config), exp.preprocessing.size, time.time()
     lowered = layout.program(exp.train_step(plan, tx, layout), state).lower(
-        layout.abstract(state), layout.abstract_batch(config.batch_size, size)
+        layout.abstract(state), layout.abstract_batch(exp.config.batch_size, size)
     )
-    told = {
-        **dataclasses.asdict(case), **plan.totals(), "images_a_chip": A_CHIP, "size": size,
-        "optimizer": optim.state_bytes(tx, plan)[1], "theory": exchanged(exp, plan),
-        "versions": {"jax": jax.__version__, "libtpu": version("libtpu")},
-    }  # fmt: skip
+    told = dataclasses.asdict(case) | {"versions": {"jax": jax.__version__, "libtpu": version("libtpu")}}
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -109,24 +113,40 @@ def compiled(case: Case) -> dict:
     }
 
 
-def exchanged(exp, plan) -> int:
-    """Bytes that data parallelism has to reduce, by theory: gradients of what trains, moments of norms, two scalars.
+def on_paper(model: str, strategy: str) -> dict:
+    """What follows from the shapes alone: {"theory": bytes to reduce, "held": {layout: bytes of state and batch}, …}.
 
-    A gradient is of the dtype in which the layer reads the leaf. A norm whose statistics move has two moments a
-    channel forward and the gradient of one backward; the scale's and bias' own gradients serve as the rest.
+    Data parallelism has to reduce the gradients of what trains, each of the dtype in which the layer reads its leaf,
+    and loss and accuracy. A norm whose statistics move has two moments a channel forward and the gradient of one
+    backward; the scale's and bias' own gradients serve as the rest.
     """
     import jax
     import numpy as np
 
+    from tljax import parallel
     from tljax.frozen_dtype import cast_alone
+    from tljax.plan import paths
 
+    exp, plan, _, state = experiment_of(Case(model, strategy, "replicated", 256))
     size = exp.preprocessing.size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     forward = lambda p, stats, x: exp.model.apply({"params": p, "batch_stats": stats}, x)
     narrow = cast_alone(forward, exp.shapes["params"], exp.config.dtype, exp.shapes["batch_stats"], image)
     gradients = sum(leaf.size * (2 if leaf.path in narrow else 4) for leaf in plan.trainable)
     moving = sum(4 * n for path, n in plan.stats if path.rpartition("/")[0] in plan.live_norms)
-    return gradients + moving + moving // 2 + 2 * 4
+
+    still = {f"params/{leaf.path}" for leaf in plan.leaves if not leaf.multiplier and leaf.path in narrow}
+    held = {}
+    for name, fields in LAYOUTS.items():
+        total, parts = A_CHIP * (size * size * 3 + 4), fields.get("fsdp", 1)
+        for path, leaf in zip(paths(state), jax.tree.leaves(state)):
+            count = math.prod(leaf.shape)
+            laid = count >= parallel.FSDP_LEAST and any(d % parts == 0 for d in leaf.shape)
+            width = 2 if path in still and "frozen_dtype" in fields else leaf.dtype.itemsize
+            total += count * width // (parts if laid else 1)
+        held[name] = total
+    told = {"model": model, "strategy": strategy, "images_a_chip": A_CHIP, "size": size, **plan.totals()}
+    return told | {"theory": gradients + moving + moving // 2 + 2 * 4, "held": held}
 
 
 def version(package: str) -> str:
@@ -145,19 +165,22 @@ def main():
     given = parser.parse_args()
     given.workdir.mkdir(parents=True, exist_ok=True)
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # of this machine nothing is asked
-    for case in cases():
-        file = given.workdir / f"{case.name}.json"
-        if file.exists() or given.finished or given.only not in case.name:
+    kept = lambda name: given.workdir / f"{name}.json"
+    pairs = [(model, strategy) for model in MODELS for strategy in STRATEGIES]
+    wanted = {f"paper {model} {strategy}": lambda pair=(model, strategy): on_paper(*pair) for model, strategy in pairs}
+    wanted |= {case.name: lambda case=case: compiled(case) for case in cases()}
+    for name, work in wanted.items():
+        if kept(name).exists() or given.finished or given.only not in name:
             continue
         begun = time.time()
-        told = compiled(case)
-        file.write_text(json.dumps(told, indent=1) + "\n")
-        print(f"{case.name}: {time.time() - begun:.0f} s", flush=True)
+        kept(name).write_text(json.dumps(work(), indent=1) + "\n")
+        print(f"{name}: {time.time() - begun:.0f} s", flush=True)
     if given.compile_only:
         return
-    files = [given.workdir / f"{case.name}.json" for case in cases()]
-    records = [json.loads(file.read_text()) for file in files if file.exists()]
-    text = scaling_page.document(records, MODELS, len(files))
+    found = [json.loads(kept(name).read_text()) for name in wanted if kept(name).exists()]
+    papers = {(r["model"], r["strategy"]): r for r in found if "theory" in r and "chips" not in r}
+    records = [papers[r["model"], r["strategy"]] | r for r in found if "chips" in r]
+    text = scaling_page.document(papers, records, MODELS, len(cases()))
     (ROOT / "docs/scaling.md").write_text(text)
     scaling_page.picture(records, MODELS, ROOT / "docs/scaling.png")
     print(text)

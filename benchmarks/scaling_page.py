@@ -1,5 +1,6 @@
 """The document and the picture of `scaling.py`, from its records of programs."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 # TPU v5e as published (https://cloud.google.com/tpu/docs/v5e): a chip, and the pod's network and hosts of 8 chips.
@@ -51,35 +52,39 @@ def table(head: tuple, rows: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def ordered(records: list[dict], models: dict) -> list[dict]:
+def ordered(records: Iterable[dict], models: dict) -> list[dict]:
     """By model, then by what trains."""
     return sorted(records, key=lambda r: (list(models).index(r["model"]), r["trainable"] / r["parameters"]))
 
 
-def communication(records: list[dict], models: dict) -> str:
+def communication(papers: dict, records: list[dict], models: dict) -> str:
     """Bytes reduced a step: theory, and the programs of each number of chips."""
     plain = {(r["model"], r["strategy"], r["chips"]): r for r in records if r["layout"] == "replicated"}
     rows = []
-    for model, strategy in dict.fromkeys(key[:2] for key in plain):
-        found = {chips: plain.get((model, strategy, chips)) for chips in (8, 64, 256)}
-        any_ = next(r for r in found.values() if r)
-        told = [size(sum(r["collectives"].values())) if r and "flops" in r else "-" for r in found.values()]
-        share = f"{100 * any_['trainable'] / any_['parameters']:.2g} %"
-        rows.append((f"{models[model]}, {strategy}", share, size(any_["theory"]), *told))
+    for paper in ordered(papers.values(), models):
+        found = [plain.get((paper["model"], paper["strategy"], chips), {}) for chips in (8, 64, 256)]
+        told = [f"{sum(r['collectives'].values()):,}" if "collectives" in r else "-" for r in found]
+        share = f"{100 * paper['trainable'] / paper['parameters']:.2g} %"
+        rows.append((f"{models[paper['model']]}, {paper['strategy']}", share, f"{paper['theory']:,}", *told))
     return table(("", "trains", "theory", "8 chips", "64 chips", "256 chips"), rows)
 
 
-def memory(records: list[dict], models: dict) -> str:
-    """Bytes of a chip by plan and layout, on the largest slice."""
+def memory(papers: dict, records: list[dict], models: dict) -> str:
+    """Bytes of a chip by plan and layout: of the state by theory, and of the programs for the largest slice."""
+    by = {(r["model"], r["strategy"], r["layout"]): r for r in records if r["chips"] == 256}
     rows = []
-    for r in (r for r in records if r["chips"] == 256):
-        name = f"{models[r['model']]}, {r['strategy']}", r["layout"]
-        if "refused" in r:
-            rows.append((*name, "-", "-", f"refused: {r['refused']}"))
-            continue
-        share = f"{size(held(r))} ({100 * held(r) / HBM:.0f} %)"
-        rows.append((*name, size(r["arguments"]), size(r["temporary"]), share))
-    return table(("", "layout", "state and batch", "scratch", "in all"), rows)
+    for paper in ordered(papers.values(), models):
+        seen: set[int] = set()
+        for layout, count in paper["held"].items():
+            r = by.get((paper["model"], paper["strategy"], layout), {})
+            if not r and count in seen:  # the same state, in a program that is not there
+                continue
+            seen.add(count)
+            told = ("-", "-", f"refused: {r['refused']}" if "refused" in r else "-")
+            if "flops" in r:
+                told = size(r["arguments"]), size(r["temporary"]), f"{size(held(r))} ({100 * held(r) / HBM:.0f} %)"
+            rows.append((f"{models[paper['model']]}, {paper['strategy']}", layout, size(count), *told))
+    return table(("", "layout", "state and batch, theory", "compiled", "scratch", "in all"), rows)
 
 
 def bounds(records: list[dict], models: dict) -> str:
@@ -129,7 +134,7 @@ def remarks(records: list[dict], models: dict) -> str:
     return "\n".join(f"- {line}" for line in said)
 
 
-def document(records: list[dict], models: dict, total: int) -> str:
+def document(papers: dict, records: list[dict], models: dict, total: int) -> str:
     """The text of docs/scaling.md."""
     records = ordered(records, models)
     if not records:
@@ -152,16 +157,16 @@ Gbit/s; a pod of 256 in 32 hosts, with 6.4 Tbit/s to the outside
 
 Bytes that a step reduces, a chip. Theory: the gradient of what trains, in the dtype in which its layer reads it, three
 vectors for each BatchNorm that moves, two scalars. What is frozen adds nothing, and the number of chips changes
-nothing: a ring sends each byte twice, over however many chips.
+nothing: a ring sends each byte twice, over however many chips. A dash stands for a program that is not compiled yet.
 
-{communication(records, models)}
+{communication(papers, records, models)}
 
 ## What a chip holds
 
 On 256 chips. *fsdp 8* lays large leaves over 8 chips, *frozen bf16* is `frozen_dtype`, *remat* is by stage
-([devices.md](devices.md)).
+([devices.md](devices.md)). Scratch is what the compiler reserves for activations, gradients and gathered leaves.
 
-{memory(records, models)}
+{memory(papers, records, models)}
 
 ## What would bind first on a v5e-256
 
