@@ -109,6 +109,7 @@ def test_only_what_trains_passes_between_devices():
         assert found.moved["all-reduce"] == trains + SCALARS, strategy
 
 
+@pytest.mark.slow
 def test_batch_statistics_that_move_pass_between_devices_and_stored_ones_do_not():
     """Two moments a channel forward, and one gradient backward: the scale's and bias' own serve as the rest."""
     frozen, live = program("resnet_tiny", "frozen()"), program("resnet_tiny", "partial(last=1)")
@@ -191,7 +192,8 @@ def test_remat_keeps_less_and_computes_again_only_what_is_behind_the_frozen_pref
     assert again.memory.temp_size_in_bytes < plain.memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("model", ["resnet_tiny", pytest.param("vit_mini", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet_tiny", "vit_mini"])
 def test_remat_changes_no_result(model):
     """With dropout, stochastic depth and batch statistics that move; and no gradient of a frozen leaf is formed."""
     plain, again = (program(model, devices=2, parallel_remat=remat, optim_name="sgd") for remat in ("", "stages"))
