@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before what is slow to import
     pages.restart()
 
 import contextlib
-import functools
 import math
 import signal
 import time
@@ -32,6 +31,7 @@ from tljax import (
     delta,
     ending,
     experiment,
+    feed,
     fisher,
     hosts,
     optim,
@@ -244,30 +244,6 @@ class Run:
             clock=lambda split: self.clock("test" if split is self.dataset.test else "features"),
         )  # fmt: skip
 
-    def batches(self, start: int):
-        """The batches of the phase's steps from `start` on: of photographs, or of their kept features."""
-        config, p, train, stop = self.config, self.exp.preprocessing, self.dataset.train, self.phase.stop
-        common = {
-            "batch_size": config.batch_size, "seed": config.seed, "start_step": start, "stop_step": stop,
-            "process": (jax.process_index(), jax.process_count()),
-        }  # fmt: skip
-        if not self.cache:
-            return data.train_batches(
-                train, size=p.size, augment=config.augment, interpolation=p.interpolation, crop=p.crop,
-                views=config.cache_views, threads=config.data.threads, **common,
-            )  # fmt: skip
-        if jax.process_count() > 1 and start < stop:  # which compute together, and ask for rows of their own
-            for view in cache.needed(config, self.phase, len(train), start):
-                self.cache(train, view)
-        count, first = cache.views(config), self.phase.start * config.batch_size // len(train)
-
-        @functools.cache
-        def features(view):  # in the order of the phase's first epoch that shows the view
-            order = data.permutation(len(train), config.seed, first + (view - first) % count)
-            return self.cache.growing(train, view, order)
-
-        return data.feature_batches(features, train.labels, views=count, **common)
-
     def save(self, state: State) -> None:
         """Begins to save a checkpoint; a store has the rows before it by then."""
         with self.clock("checkpoints"):
@@ -311,7 +287,7 @@ class Run:
             name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
             for name in ("log", "eval", "checkpoint")
         }
-        batches = self.batches(start)
+        batches = feed.batches(self.exp, self.phase, self.dataset.train, self.cache, start)
         own, shared = part(state, self.plan)  # what is frozen goes into the steps and never comes out
         now = lambda: whole(own, shared, self.plan)
         pending = self.keeper.notes["pending"]  # metrics of the steps since the last row
