@@ -193,6 +193,7 @@ def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch, where):
     def dies(self, step, state):
         if step == 8 and not calls:
             calls.append(step)
+            self.keeper.checkpoints.wait()  # a process that ends takes its threads with it
             raise KeyboardInterrupt
         return assess(self, step, state)
 

@@ -103,13 +103,14 @@ class FeatureCache:
     """The features that stand before a cut, each computed once.
 
     `params` and `stats` are those with which the phase begins; `where` is "memory" or "disk", `say` takes the lines
-    that the user is to read, `stopped` tells whether a signal has come, and `clock(split)` measures computing.
+    that the user is to read, `stopped` tells whether a signal has come, and `clock(split)` measures computing,
+    `clock(None)` compiling.
     """
 
     def __init__(
         self, exp: "Experiment", layout: Layout, phase: Phase, params, stats, where: str,
         say: Callable[[str], None] = print, stopped: Callable[[], object] = lambda: False,
-        clock: Callable[[Split], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        clock: Callable[[Split | None], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):  # fmt: skip
         self.exp, self.layout, self.cut = exp, layout, phase.plan.cut
         self.where, self.say, self.stopped, self.clock = where, say, stopped, clock
@@ -121,6 +122,7 @@ class FeatureCache:
         self.kept: dict[tuple[Split, int | None], np.ndarray | Growing] = {}
         p = exp.preprocessing
         self.program = layout.compile_predict(make_predict_step(exp.model, mean=p.mean, std=p.std, stop=self.cut))
+        self.compiled = None
 
     def __call__(self, split: Split, view: int | None = None) -> np.ndarray:
         """The features of a split, [photographs, …]: of the evaluation crop, or of an augmented view.
@@ -176,7 +178,10 @@ class FeatureCache:
                 if self.stopped():
                     raise Interrupted
                 images = self.layout.place_batch({"image": batch["image"]})["image"]
-                found = np.asarray(self.program(*self.variables, images))[: len(order) - done]
+                if not self.compiled:
+                    with self.clock(None):
+                        self.compiled = self.program.lower(*self.variables, images).compile()
+                found = np.asarray(self.compiled(*self.variables, images))[: len(order) - done]
                 yield order[done : done + len(found)], found
                 done += len(found)
 

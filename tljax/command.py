@@ -1,5 +1,6 @@
 """A command's two ends: its flags, and how it exits when something goes wrong."""
 
+import os
 import re
 import sys
 import traceback
@@ -13,6 +14,9 @@ from tljax.config import flatten
 from tljax.errors import UserError, nearest
 
 HELP = {"--help", "-h", "--helpfull"}
+
+# Before epath first looks for TensorFlow, which takes seconds to import, and reads no s3:// by itself.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def help_if_asked(description: str, config: bool = True, rest: str = "", **more: str) -> None:

@@ -30,8 +30,6 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def place(address: str | os.PathLike, what: str):
     """The `epath.Path` of an address, with its library ready. Raises UserError, which begins with `what`."""
-    # Before epath looks for it: TensorFlow takes seconds to import, and reads no s3:// by itself.
-    os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
     address = os.fspath(address)

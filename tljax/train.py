@@ -241,7 +241,7 @@ class Run:
         self.cache = None if not where else cache.FeatureCache(
             self.exp, self.layout, self.phase, state.params, state.stats, where,
             say=self.console.print, stopped=lambda: self.termination.received,
-            clock=lambda split: self.clock("test" if split is self.dataset.test else "features"),
+            clock=lambda split: self.clock({None: "compile", self.dataset.test: "test"}.get(split, "features")),
         )  # fmt: skip
 
     def save(self, state: State) -> None:
