@@ -12,7 +12,7 @@ import pytest
 from conftest import changed
 
 from tljax import config as configs
-from tljax import cost, evaluate, experiment, frozen_dtype, optim, parallel, train
+from tljax import cost, evaluate, experiment, frozen_dtype, memory, optim, parallel, train
 from tljax.errors import UserError
 from tljax.leaks import lint
 from tljax.parallel import Layout, mesh_sizes
@@ -183,13 +183,15 @@ def test_what_leaves_a_run_has_its_frozen_leaves_in_full_again():
 
 
 def test_remat_keeps_less_and_computes_again_only_what_is_behind_the_frozen_prefix():
-    plain, again = (program(devices=1, parallel_remat=remat) for remat in ("", "stages"))
+    """Kept by the program; XLA's CPU compiler chooses an order of its own, and saves nothing."""
+    plain, again = (program(strategy="partial(last=3)", devices=1, parallel_remat=remat) for remat in ("", "stages"))
     forward = cost.forward_flops(plain.exp)
-    assert plain.plan.prefix == ("stem", "block1", "block2")
+    assert plain.plan.prefix == ("stem",)
     behind = sum(flops for stage, flops in forward.items() if stage not in plain.plan.prefix)
     assert 0 < again.flops - plain.flops <= 1.05 * behind
     assert again.flops - plain.flops > 0.4 * behind  # the compiler leaves out what no gradient needs
-    assert again.memory.temp_size_in_bytes < plain.memory.temp_size_in_bytes
+    kept = lambda found: memory.peak(found.step, found.state, found.batch)
+    assert kept(again) < 0.8 * kept(plain)
 
 
 @pytest.mark.slow
