@@ -17,8 +17,8 @@ from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
-STEPS = 400
-KILLS = 4
+STEPS = 250
+KILLS = 2
 MORE = (
     f"--config.train_for={STEPS} steps", "--config.checkpoint_every=7 steps", "--config.eval_every=50 steps",
     "--config.log_every=10 steps", "--config.augment.randaugment=(2,5)", "--config.augment.color_jitter=0.2",
@@ -60,12 +60,12 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
             while i % 2 and newest(killed) <= before and process.poll() is None and time.time() < begun + 120:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.6) if i % 2 else rng.uniform(0, 6))
-            process.send_signal(signal.SIGTERM if i == 3 else signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
         out, err = process.communicate(timeout=300)
         resumed += [line for line in out.splitlines() if line.startswith("resumed from step")]
         if process.returncode == 0:
             break
-        assert process.returncode in (-signal.SIGKILL, 143, -signal.SIGTERM), err
+        assert process.returncode == -signal.SIGKILL, err
     assert i >= KILLS, "the run ended before it was killed often enough"
     assert len(resumed) >= KILLS // 2
 
