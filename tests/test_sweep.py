@@ -204,6 +204,19 @@ def test_what_trains_says_how_members_do_on_a_cpu(model, strategy, kept, how):
     assert members.choose("auto", exp.plan_of(strategies.parse(strategy)), kept) == how
 
 
+def test_a_step_is_traced_once_for_the_memory_of_all_its_groups(base, monkeypatch):
+    """Without kept features each seed sees a stream, and so is a group, of its own."""
+    found, peak = [], memory.peak
+    monkeypatch.setattr(memory, "peak", lambda *arguments: found.append(peak(*arguments)) or found[-1])
+    made = base({"seed": (0, 1, 2), "optim.lr": (0.003, 0.03)}, strategy="full()", cache_views=0)
+    planned = sweep.Sweep(made, None, Console(enabled=False), "auto", 10**9)
+    groups = planned.groups(list(grid.members(made)))
+    assert len(groups) == 3
+    assert len({planned.need(group, 1) for group in groups}) == len(found) == 1
+    assert planned.need(groups[0], 2) > planned.need(groups[1], 1)
+    assert len(found) == 2
+
+
 def test_dense_kernels_train_in_sequence_on_a_cpu(base, sweeps, solo, caplog):
     """One compiled step of one member, whatever the seed: each sees its own stream."""
     made = base({"seed": (0, 3), "optim.lr": (0.003, 0.03)}, strategy="partial(last=2)", train_for="4 steps")

@@ -54,6 +54,7 @@ class Group:
         one_step, varied = "vmap" if alone else self.how, len(streams) > 1 and not alone
         self.programs = Members(self.exp, self.layout, self.phase, one_step, bool(kept), varied, self.spread)
         self.compiled, self.features, self.slots = None, None, 0
+        self.peaks: dict[str, int] = {}  # bytes that a step takes, by its arguments; groups of one step may share it
         self.on_device: dict[str, Any] = {}
         self.pools = pools(datasets)
         used = max(-(-course.total * config.batch_size // len(course.dataset.train)) for course in self.courses)
@@ -68,11 +69,14 @@ class Group:
 
     def _shared(self) -> tuple:
         """What of its members a group's program and features depend on."""
-        rows = [(name, split.rows.tobytes()) for name, split in self.pools.items()]
+        return *self.facts(), [(name, split.rows.tobytes()) for name, split in self.pools.items()]
+
+    def facts(self) -> tuple:
+        """What of its members, beside the fields of the config that they have in common, its step depends on."""
         drops = self.drops or self.exp.config.drop_rate
         decays = self.exp.config.optim.weight_decay > 0
         way = (self.kept, self.views, self.programs.varied, self.how, len(self.spread.devices))
-        return *way, drops, decays, self.phase.plan.kind, getattr(self.exp.model, "adapters", ()), rows
+        return *way, drops, decays, self.phase.plan.kind, getattr(self.exp.model, "adapters", ())
 
     def _course(self, member: Member, dataset: Dataset) -> Course:
         config, n = member.config, len(dataset.train)
@@ -119,7 +123,10 @@ class Group:
             like = self.exp.features(self.phase.plan)
             held = sum(len(self.pools[name]) for name in ("val", "test")) * memory.nbytes(like)
         best = memory.nbytes(arguments[0]) if self.exp.config.select == "best" else 0
-        return memory.peak(self.programs._step, *arguments) + best + held
+        shapes = str(arguments)
+        if shapes not in self.peaks:
+            self.peaks[shapes] = memory.peak(self.programs._step, *arguments)
+        return self.peaks[shapes] + best + held
 
     @functools.cached_property
     def beside(self) -> float:

@@ -92,6 +92,7 @@ class Sweep:
         for member in self.members:
             _check(member.config)
         self.made: dict[str, Group] = {}  # by what makes a group, for the generations to come
+        self.peaks: dict[str, dict[str, int]] = {}  # by what makes a step: a step is traced once for its memory
 
     def run(self) -> int:
         """Trains the members that have no result yet. Returns 0."""
@@ -198,8 +199,9 @@ class Sweep:
     def group(self, found: Sequence[Member], kept: str) -> Group:
         """The group of some members; it goes on with what that of an earlier generation has compiled and computed."""
         made = Group(found, [self.dataset(member) for member in found], self.how, kept)
+        key = found[0].key((*grid.NUMBERS, *grid.STREAMS, "strategy")) + made.phase.plan.kind
+        made.peaks = self.peaks.setdefault(f"{key} {made.facts()}", made.peaks)
         if self.search.again:
-            key = found[0].key((*grid.NUMBERS, *grid.STREAMS, "strategy")) + made.phase.plan.kind
             made.adopt(self.made.get(key))
             self.made[key] = made
         return made
