@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -106,14 +105,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(contextlib.AbstractContextManager):
-    """Serves on loopback, in threads, what a Handler says of `held`; enters with its address."""
+    """Serves on loopback, in threads, what a Handler says of `held`; enters with it, and `held.url` is its address."""
 
-    def __init__(self, handler: type, held: object):
+    def __init__(self, handler: type, held):
+        self.held = held
         self.server = _Quiet(("127.0.0.1", 0), type("Bound", (handler,), {"held": held}))
 
-    def __enter__(self) -> str:
+    def __enter__(self):
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}"
+        self.held.url = f"http://127.0.0.1:{self.server.server_port}"
+        return self.held
 
     def __exit__(self, *_):
         self.server.shutdown()
@@ -227,12 +228,9 @@ class _GCS(Handler):
         self.answer(200, self.held.put(bucket, name, content))
 
 
-@contextlib.contextmanager
-def serving(*names: str) -> Iterator[Bucket]:
-    """Runs a server with empty buckets of these names."""
-    held = Bucket(*names)
-    with Server(_GCS, held) as held.url:
-        yield held
+def serving(*names: str) -> Server:
+    """A server with empty buckets of these names."""
+    return Server(_GCS, Bucket(*names))
 
 
 def environment(url: str) -> dict[str, str]:
@@ -240,5 +238,5 @@ def environment(url: str) -> dict[str, str]:
     return {
         "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "FSSPEC_GCS_TOKEN": "anon", "NO_GCE_CHECK": "true",
-        "EPATH_USE_TF": "false", "GOOGLE_CLOUD_PROJECT": "none",
+        "GOOGLE_CLOUD_PROJECT": "none",
     }  # fmt: skip

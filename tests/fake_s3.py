@@ -1,10 +1,8 @@
 """A bucket of S3 on loopback: as much of its XML API as s3fs asks for. It checks no signatures; see `fake_gcs`."""
 
-import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -120,18 +118,15 @@ class _S3(Handler):
         self.content(content, **told)
 
 
-@contextlib.contextmanager
-def serving(*names: str) -> Iterator[Bucket]:
-    """Runs a server with empty buckets of these names."""
-    held = Bucket(*names)
-    with Server(_S3, held) as held.url:
-        yield held
+def serving(*names: str) -> Server:
+    """A server with empty buckets of these names."""
+    return Server(_S3, Bucket(*names))
 
 
 def environment(url: str) -> dict[str, str]:
     """What sends s3fs to the server."""
     return {
         "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "EPATH_USE_TF": "false",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     }  # fmt: skip
