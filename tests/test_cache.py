@@ -16,7 +16,7 @@ import pytest
 from conftest import changed
 from tiny import get_config
 
-from tljax import cache, claims, data, ending, evaluate, experiment, phases, train
+from tljax import cache, claims, data, ending, evaluate, experiment, loop, phases, train
 from tljax.errors import UserError
 from tljax.parallel import Layout
 from tljax.workdir import Workdir
@@ -188,16 +188,16 @@ def test_features_on_disk_are_used_until_something_that_they_depend_on_changes(p
 def test_a_cached_run_resumes_exactly(tiny, tmp_path, home, monkeypatch, where):
     fields = {"cache": where, **FIELDS}
     whole = run(tiny, tmp_path / "whole", **fields)
-    assess, calls = train.Run.assess, []
+    assess, calls = loop.assess, []
 
-    def dies(self, step, state):
+    def dies(run, step, state):
         if step == 8 and not calls:
             calls.append(step)
-            self.keeper.checkpoints.wait()  # a process that ends takes its threads with it
+            run.keeper.checkpoints.wait()  # a process that ends takes its threads with it
             raise KeyboardInterrupt
-        return assess(self, step, state)
+        return assess(run, step, state)
 
-    monkeypatch.setattr(train.Run, "assess", dies)
+    monkeypatch.setattr(loop, "assess", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "cut", **fields)
     cut = run(tiny, tmp_path / "cut", **fields)

@@ -10,7 +10,7 @@ import pytest
 from conftest import changed, script
 from jax._src.array import ArrayImpl
 
-from tljax import data, texts, train, waiting
+from tljax import data, loop, texts, train, waiting
 from tljax.report import console
 from tljax.workdir import Workdir
 
@@ -29,16 +29,16 @@ def begun(tiny, tmp_path, monkeypatch):
     """Starts tiny runs (fields) that end before their final figures, and gives the `train.Run`."""
 
     def start(**fields):
-        runs, fit = [], train.Run.fit
+        runs, fit = [], loop.fit
 
-        def fitted(self, state):
-            runs.append(self)
-            fit(self, state)
+        def fitted(run, state):
+            runs.append(run)
+            fit(run, state)
             raise Stopped
 
         fields = {"data_val": "none", "log_every": "4 steps", "checkpoint_every": "9 epochs"} | fields
         with monkeypatch.context() as m:
-            m.setattr(train.Run, "fit", fitted)
+            m.setattr(loop, "fit", fitted)
             with pytest.raises(Stopped):
                 train.main(changed(tiny, tmp_path / "run", **fields))
         return runs[0]

@@ -151,11 +151,11 @@ def test_a_run_killed_around_the_boundaries_of_its_phases_ends_as_one_never_stop
 # first way over each boundary of phases.
 STRUCK = """
 import os, pathlib, random, signal, sys, threading
-from tljax import cache, evaluate, phases, train
+from tljax import cache, evaluate, loop, phases, train
 from tljax.checkpoint import Checkpoints
 moment, count, delay, boundaries, *argv = sys.argv[1:]
 MOMENTS = {
-    "compile": (train.Run, "compile"), "training": (train.Run, "placed"), "saving": (Checkpoints, "save"),
+    "compile": (train.Run, "compile"), "training": (loop, "placed"), "saving": (Checkpoints, "save"),
     "evaluation": (evaluate.Evaluator, "__call__"), "cache": (cache.FeatureCache, "_computed"),
 }
 left = int(count)

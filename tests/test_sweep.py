@@ -22,6 +22,7 @@ from tljax import (
     experiment,
     grid,
     group,
+    loop,
     members,
     memory,
     parallel,
@@ -94,8 +95,8 @@ def solo(tmp_path, monkeypatch):
         monkeypatch.setattr(ending.pictures, name, lambda *_, **__: None)
     monkeypatch.setattr(ending, "page", lambda workdir: None)
     monkeypatch.setattr(train, "lint", lambda *_: ())
-    save = train.Run.save
-    monkeypatch.setattr(train.Run, "save", lambda run, state: run.config.select == "best" and save(run, state))
+    save = loop.save
+    monkeypatch.setattr(loop, "save", lambda run, state: run.config.select == "best" and save(run, state))
 
     def remember(run, state):
         states.append(jax.device_get(evaluated(state, run.plan)))

@@ -5,6 +5,7 @@ import ctypes
 import gzip
 import io
 import json
+import shutil
 import signal
 import struct
 import sys
@@ -126,7 +127,8 @@ def test_steps_count_when_the_device_has_finished_them(tmp_path):
 
 def test_the_heartbeat_says_where_the_run_is_and_how_long_it_takes(tmp_path):
     it, _ = watch(tmp_path)
-    it.begin(100)
+    it.expect(100)
+    it.begin()
     until((tmp_path / "heartbeat.json").exists)
     assert beat(tmp_path)["left"] is None
     with it.steps(10) as wait:
@@ -163,7 +165,8 @@ def test_the_last_heartbeat_says_how_the_run_has_ended(tmp_path, work, end, why)
     it, _ = watch(tmp_path)
 
     def begun():
-        it.begin(10)
+        it.expect(10)
+        it.begin()
         return work()
 
     with contextlib.suppress(BaseException):
@@ -183,7 +186,8 @@ def test_a_run_that_never_began_leaves_the_folder_alone(tmp_path):
 def test_a_folder_that_is_gone_or_full_stops_no_run(tmp_path):
     it, said = watch(tmp_path / "none")
     it.stall = it._patience = 0.05
-    it.begin(10)
+    it.expect(10)
+    it.begin()
     until(lambda: it.stalled)
     assert it.over(lambda: 7) == 7
     until(lambda: "no step for" in said.getvalue())
@@ -192,9 +196,37 @@ def test_a_folder_that_is_gone_or_full_stops_no_run(tmp_path):
 # ---- stalls
 
 
+def test_the_stacks_of_a_run_that_has_no_folder_yet_go_to_stderr(tmp_path, capsys):
+    """As of one whose photographs lie on a disk that does not answer: another run may be in that folder."""
+    it, said = watch(tmp_path, stall="10 minutes")
+    with it.clock("data"):
+        assert it._look(it.clock.since + 610)
+    assert "the run is in data; the run goes on; the stacks of all threads are in stderr" in said.getvalue()
+    assert "test_the_stacks_of_a_run_that_has_no_folder_yet" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_on_lives_while_its_data_are_read(tiny, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("summary.json", "heartbeat.json"):
+        (tmp_path / "run" / name).unlink()
+
+    def load(config):
+        until((tmp_path / "run" / "heartbeat.json").exists)
+        assert beat(tmp_path / "run")["part"] == "data"
+        raise UserError("the disk does not answer")
+
+    monkeypatch.setattr(train.data, "load", load)
+    with pytest.raises(UserError, match="the disk does not answer"):
+        train.main([*tiny, f"--workdir={tmp_path / 'run'}"])
+    assert beat(tmp_path / "run")["end"] == "failed"
+    assert beat(tmp_path / "run")["why"] == "the disk does not answer"
+
+
 def test_a_silence_is_told_once_a_while_and_its_end(tmp_path):
     """The clock is told: nothing here waits."""
     it, said = watch(tmp_path, stall="10 minutes")
+    it.begun = True
     it.total = 50
     it.steps(4)
     begun = it.clock.since
@@ -214,6 +246,7 @@ def test_a_silence_is_told_once_a_while_and_its_end(tmp_path):
 
 def test_a_long_compile_is_called_one(tmp_path):
     it, said = watch(tmp_path, stall="10 minutes")
+    it.begun = True
     it.steps(4)
     with it.clock("compile"):
         assert not it._look(it.clock.since + 590)  # not of the time before it
@@ -237,7 +270,8 @@ def test_the_stacks_name_what_hangs(tmp_path):
     hangs = threading.Thread(target=hanging_here, name="reader", daemon=True)
     hangs.start()
     it, said = watch(tmp_path, stall="0.1 seconds")
-    it.begin(10)
+    it.expect(10)
+    it.begin()
     until(lambda: "in " in said.getvalue())
     held.set()
     stacks = (tmp_path / "stacks.txt").read_text()
@@ -250,7 +284,7 @@ def test_the_stacks_name_what_hangs(tmp_path):
 def test_other_processes_have_files_of_their_own(tmp_path, capsys):
     config = configs.base()
     it = Watch(config, Workdir(tmp_path, writes=False), Clock(), Console(enabled=False))
-    it._process = 3
+    it._process, it.begun = 3, True
     assert it._look(it.clock.since + 601)
     assert [p.name for p in tmp_path.iterdir()] == ["stacks-3.txt"]
     assert capsys.readouterr().err.startswith("no step for 10 min 01 s")
@@ -286,7 +320,8 @@ it, _ = test_watch.watch(pathlib.Path(sys.argv[1]), stall="0.5 seconds")
 def holding_the_lock():
     ctypes.PyDLL(None).sleep(4)
 
-it.begin(10)
+it.expect(10)
+it.begin()
 test_watch.until((it.workdir.path / "heartbeat.json").exists)
 holding_the_lock()
 """

@@ -57,11 +57,6 @@ class Folder(Workdir):
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path / 'config.json'} cannot be used: {error}") from error
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is a run, or a sweep, already."""
-        return (self.path / "config.json").exists()
-
     # ---- the plan
 
     def planned(self, numbers: Sequence[int], make: Callable[[], Sequence[Sequence[Unit]]]) -> list[Unit]:

@@ -15,13 +15,10 @@ if __name__ == "__main__":  # before what is slow to import
     command.help_if_asked(**USAGE)
     pages.restart()
 
-import contextlib
-import math
 import signal
 import time
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from tljax import (
@@ -31,9 +28,9 @@ from tljax import (
     delta,
     ending,
     experiment,
-    feed,
     fisher,
     hosts,
+    loop,
     optim,
     parallel,
     phases,
@@ -41,17 +38,17 @@ from tljax import (
     writers,
 )
 from tljax import config as configs
+from tljax.agreement import first_said
 from tljax.clock import Clock
-from tljax.errors import Diverged, UserError
+from tljax.errors import UserError
 from tljax.evaluate import Evaluator
 from tljax.keeper import Keeper
 from tljax.leaks import lint
 from tljax.lock import Lock
-from tljax.report import metrics, text
+from tljax.report import text
 from tljax.report.console import Console, quiet_libraries
-from tljax.step import State, evaluated, init_state, numbers_of, part, whole
+from tljax.step import State, init_state, numbers_of, part, whole
 from tljax.termination import Termination
-from tljax.waiting import InputWait
 from tljax.watch import Watch
 from tljax.workdir import Workdir
 
@@ -90,6 +87,11 @@ class Run:
         """What `train` does; from the moment at which it writes no other run may be in the workdir."""
         config = self.config
         self.layout = parallel.Layout(config.parallel, config.batch_size, config.optim.accumulate)
+        # A run that goes on is seen to live while its data are read. A new one first looks whether it can begin: a
+        # mistake in its config leaves no folder that the right one would find taken.
+        goes_on = bool(first_said("goes on" if self.workdir.begun else ""))
+        if goes_on and not self.hold():
+            return 0
         with self.clock("data"):
             self.dataset = data.load(config.data)
             cluster.meet(photographs=lambda: self.dataset.digest[:16])
@@ -108,16 +110,9 @@ class Run:
         self.total, self.per_epoch = experiment.total_steps(config, examples)
         self.phases = self.exp.in_time(examples)
 
-        self.workdir.claim(config)
-        finished = self.workdir.summary()
-        if finished:
-            ending.page(self.workdir)  # a kill may have come between the summary and the page
-            self.console.final(finished)
-            self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
+        if not goes_on and not self.hold():
             return 0
-        self.lock.take(self.console.print)
-        self.workdir.claim(config)  # again: two may have come at once
-        self.watch.begin(self.total)
+        self.watch.expect(self.total)
         with self.clock("model"):
             table = experiment.plan_table(self.exp)
         self.workdir.write("plan.txt", f"{table}\n")
@@ -135,7 +130,7 @@ class Run:
         with Termination() as self.termination:
             for i in range(first, len(self.phases)):
                 try:
-                    state, stopped = self.fit(self.enter(i, state))
+                    state, stopped = loop.fit(self, self.enter(i, state))
                 except cache.Interrupted:
                     by = self.termination.received
                     self.console.print(f"stopped by {by.name} while features were computed; the same command goes on")
@@ -145,10 +140,24 @@ class Run:
                     at = f"by {by.name} at step {int(state.step)}"
                     self.console.print(f"stopped {at}, saved; the same command goes on from there")
                     return 128 + by
-                if self.ended_early():
+                if loop.ended_early(self):
                     break
         ending.conclude(self, state)
         return 0
+
+    def hold(self) -> bool:
+        """Makes the workdir this run's alone and begins its heartbeat. Returns whether anything is left to do."""
+        self.workdir.claim(self.config)
+        finished = self.workdir.summary()
+        if finished:
+            ending.page(self.workdir)  # a kill may have come between the summary and the page
+            self.console.final(finished)
+            self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
+            return False
+        self.lock.take(self.console.print)
+        self.workdir.claim(self.config)  # again: two may have come at once
+        self.watch.begin()
+        return True
 
     def header(self) -> None:
         """Says what the run stands on."""
@@ -244,13 +253,6 @@ class Run:
             clock=lambda split: self.clock({None: "compile", self.dataset.test: "test"}.get(split, "features")),
         )  # fmt: skip
 
-    def save(self, state: State) -> None:
-        """Begins to save a checkpoint; a store has the rows before it by then."""
-        with self.clock("checkpoints"):
-            self.lock.check()
-            self.workdir.flush()
-            self.keeper.save(state, self.plan)
-
     def compile(self, like: State) -> None:
         """Compiles the one train step, after a look for gradients of frozen leaves in it."""
         config, exp, phase = self.config, self.exp, self.phase
@@ -277,133 +279,6 @@ class Run:
         self.looked = True
         self.leaks |= dict.fromkeys(map(str, leaks))
         self.train_step = program.lower(*arguments).compile()
-
-    # ---- the loop
-
-    def fit(self, state: State) -> tuple[State, bool]:
-        """Runs the steps that are left of the phase. Returns the state, and whether a signal ended it, after a save."""
-        config, start = self.config, int(state.step)
-        every = {
-            name: max(1, configs.duration(config[f"{name}_every"], self.per_epoch, f"{name}_every"))
-            for name in ("log", "eval", "checkpoint")
-        }
-        batches = feed.batches(self.exp, self.phase, self.dataset.train, self.cache, start)
-        own, shared = part(state, self.plan)  # what is frozen goes into the steps and never comes out
-        now = lambda: whole(own, shared, self.plan)
-        pending = self.keeper.notes["pending"]  # metrics of the steps since the last row
-        stopping = False
-        bar, wait = self.console.progress(self.total, start, every["log"]), self.watch.steps(start)
-        with bar as bar, wait, contextlib.closing(batches):
-            begun, counted = self.clock.tick(), 0
-            for step in range(start + 1, self.phase.stop + 1):
-                if self.ended_early():
-                    break
-                try:
-                    batch = self.placed(batches, wait)
-                except cache.Interrupted:
-                    if step == start + 1:
-                        raise
-                    stopping, pending[:] = True, self.fetched(pending, step - 1)
-                    self.save(now())
-                    break
-                own, measured = self.watch.profile(step, self.train_step, own, shared, batch, self.numbers)
-                wait.given(measured)
-                pending.append(measured)
-                counted += 1
-                if step == start + 1:
-                    jax.block_until_ready(measured)
-                    if self.first_step is None:
-                        self.first_step = round(time.perf_counter() - STARTED, 2)
-                        self.console.print(f"first step {self.first_step:.1f} s after the command")
-                    self.clock.add("first step", self.clock.tick() - begun)
-                    begun, counted = self.clock.tick(), 0  # what follows is the steady pace
-                    wait.seconds = 0.0
-                due = {name for name, n in every.items() if step % n == 0 or step == self.total}
-                stopping = self.stopping(step)
-                if not (due or stopping):
-                    continue
-                pending[:] = self.fetched(pending, step)
-                spent = self.clock.tick() - begun
-                self.clock.add("train", spent)
-                speed = config.batch_size * counted / spent if counted else None
-                if "log" in due:
-                    row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
-                    pending.clear()
-                    told = {f"train/{k}": v for k, v in row.items()} | {"lr": float(self.schedule(step - 1))}
-                    self.log(step, told | ({"images_per_second": round(speed, 1)} if speed else {}) | parallel.memory())
-                    self.watch.waited(self.waited + wait.seconds, bool(self.cache))
-                    bar.update(step, row, speed)
-                better = "eval" in due and self.assess(step, now())
-                if stopping or "checkpoint" in due or self.ended_early():
-                    self.save(now())
-                elif better:
-                    with self.clock("checkpoints"):
-                        self.keeper.hold(now(), self.plan)
-                if stopping:
-                    break
-                begun, counted = self.clock.tick(), 0
-        self.waited += wait.seconds
-        if self.cache:
-            spent = text.duration(self.clock.seconds.get("features", 0.0))
-            self.console.print(f"feature cache: {text.size(self.cache.nbytes)} used, {spent} to compute or read them")
-        with self.clock("checkpoints"):
-            self.keeper.checkpoints.wait()
-        return now(), stopping
-
-    def stopping(self, step: int) -> bool:
-        """Whether a signal has come; several processes agree on the step."""
-        if jax.process_count() > 1:
-            return self.keeper.checkpoints.preempted(step)
-        return bool(self.termination.received)
-
-    def placed(self, batches, wait: InputWait) -> dict:
-        """The next batch, on the devices, which meanwhile compute the step before."""
-        asked, free = time.perf_counter(), self.clock.tick()
-        batch = self.layout.place_batch(next(batches))
-        # What took no time by the clock are features, the device's own work.
-        wait.arrived(asked, busy=time.perf_counter() - asked - (self.clock.tick() - free))
-        return batch
-
-    def fetched(self, pending: list[dict], step: int) -> list[dict]:
-        """The pending metrics as floats. Raises UserError at the first loss that is not finite."""
-        pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(pending)]
-        for at, m in enumerate(pending, step - len(pending) + 1):
-            if not math.isfinite(m["loss"]):
-                self.keeper.checkpoints.wait()
-                last = self.keeper.checkpoints.latest()
-                raise Diverged(
-                    f"the loss is {m['loss']} at step {at}; the last good checkpoint is "
-                    + (f"step {last} in {self.workdir.path}" if last is not None else "none")
-                    + f"; try a smaller config.optim.lr than {self.config.optim.lr:g}, a longer config.optim.warmup, "
-                    "or a config.optim.clip"
-                )
-        return pending
-
-    def assess(self, step: int, state: State) -> bool:
-        """Evaluates on val. Returns whether it is the best so far."""
-        if not len(self.dataset.val):
-            return False
-        with self.clock("eval"):
-            found = self.figures(*evaluated(state, self.plan), self.dataset.val)
-        self.log(step, {f"val/{k}": v for k, v in found.items() if isinstance(v, float)})
-        self.workdir.flush()
-        value = found[self.config.metric.removeprefix("val/")]
-        better = self.keeper.assess(self.config.metric, value, step, step / self.per_epoch)
-        self.console.evaluation(step, {k: found[k] for k in ("accuracy", "nll")}, better)
-        return better
-
-    def ended_early(self) -> bool:
-        """Whether the evaluations have stopped improving for as long as the config bears."""
-        return 0 < self.config.early_stop <= self.keeper.notes["since_best"]
-
-    def figures(self, params, stats, split: data.Split) -> dict:
-        """The figures of a split."""
-        logits = self.evaluate(params, stats, split, self.cache)
-        return metrics.classification(logits, split.labels, self.dataset.classes, self.dataset.coarse)
-
-    def log(self, step: int, row: dict) -> None:
-        """A row of metrics."""
-        self.workdir.log({"step": step, "epoch": round(step / self.per_epoch, 4)} | row)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ ENOUGH = 30.0  # seconds in training, before which nothing is said of it
 
 
 class Watch:
-    """Watches a run from `begin` on; `over` notes how it ends.
+    """Watches a run through `over`, and notes how it ends; writes in its workdir from `begin` on.
 
     After config.stall without a step, a part's begin or a batch of an evaluation, the stacks of all threads are
-    appended to `stacks.txt`, a line says so, and the run goes on.
+    appended to `stacks.txt` (before `begin`: written to stderr), a line says so, and the run goes on.
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir, clock: Clock, console: Console):
@@ -47,7 +47,7 @@ class Watch:
         self.profile = Profile(config.profile, workdir, self.say, clock)
         self.compiles = Compiles()
         self.stall = durations.seconds(config.stall, "stall")
-        self.step, self.total, self.stalled, self.starving = 0, 0, False, False
+        self.step, self.total, self.begun, self.stalled, self.starving = 0, 0, False, False, False
         self._pace = None  # the first step of this process, and when
         self._alive = time.monotonic()
         self._patience = self.stall
@@ -60,6 +60,7 @@ class Watch:
     def over(self, work: Callable[[], int]) -> int:
         """Returns the exit code of a run's `work`, watched to its end."""
         end = {"end": "failed", "why": ""}
+        self._start()
         try:
             code = work()
             end = _end(code)
@@ -69,19 +70,26 @@ class Watch:
             raise
         finally:
             self.profile.close()
-            if self._thread:
-                self._end.set()
-                self._thread.join(EVERY)
-                self._beat(end)
+            self._end.set()
+            self._thread.join(EVERY)
+            self._beat(end)
             with contextlib.suppress(UserError):  # on a full disk, of which the run has told
                 self.workdir.close()
 
-    def begin(self, total: int) -> None:
-        """The workdir is this run's, which has so many steps in all. Raises UserError."""
+    def begin(self) -> None:
+        """The workdir is this run's, and gets its heartbeat."""
+        self.begun = True
+        self._start()
+
+    def _start(self) -> None:
+        if not self._thread:
+            self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+            self._thread.start()
+
+    def expect(self, total: int) -> None:
+        """The run has so many steps in all. Raises UserError where config.profile asks for others."""
         self.profile.check(total)
-        self.total, self._alive = total, time.monotonic()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
+        self.total = total
 
     def steps(self, start: int) -> InputWait:
         """The loop goes on behind step `start`. Returns what measures its input wait."""
@@ -132,9 +140,9 @@ class Watch:
                     faulthandler.dump_traceback_later(self.stall + 2 * tick, file=sys.__stderr__)
                 now = time.monotonic()
                 if self._look(now) or now >= due:
-                    due = now + EVERY
+                    due = now + EVERY if self.begun else 0.0
                     self._beat()
-            if self._end.wait(tick):
+            if self._end.wait(tick if self.begun else min(tick, 1.0)):
                 break
         faulthandler.cancel_dump_traceback_later()
 
@@ -159,20 +167,25 @@ class Watch:
         return True
 
     def _dump(self, line: str) -> str:
-        """Appends the stacks of all threads to this process's file of them; returns its name."""
-        name = STACKS if not self._process else f"stacks-{self._process}.txt"
+        """Appends the stacks of all threads to this process's file of them; returns where they are."""
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file)
             file.seek(0)
             stacks = file.read().decode(errors="replace")
         names = "".join(f"Thread 0x{thread.ident:016x}: {thread.name}\n" for thread in threading.enumerate())
+        if not self.begun:
+            print(names, stacks, sep="\n", file=sys.stderr, flush=True)
+            return "stderr"
+        name = STACKS if not self._process else f"stacks-{self._process}.txt"
         self._stacks += f"{time.strftime('%F %T')} {claims.name()}: {line}\n{names}\n{stacks}\n"
         with contextlib.suppress(Exception):
             Workdir(self.workdir.path).write(name, self._stacks)
         return f"{self.workdir.path / name}"
 
     def _beat(self, end: dict | None = None) -> None:
-        """Writes the heartbeat, or the last one, which says how the run has ended."""
+        """Writes the heartbeat, or the last one, which says how the run has ended; of a workdir that it holds alone."""
+        if not self.begun:
+            return
         now, wall = time.monotonic(), time.time()
         ago = lambda moment: round(wall - (now - moment), 3)
         part, since, step = self.clock.part, self.clock.since, self.step

@@ -38,6 +38,12 @@ class Workdir:
         self._events = None
         self._resumed = 0  # the step behind which the rows go on
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run already."""
+        with self._reading():
+            return (self.path / "config.json").exists()
+
     def claim(self, config: ConfigDict) -> None:
         """Makes the folder this experiment's. Raises UserError where it holds another one or is unwritable."""
         with self._reported():
