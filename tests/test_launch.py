@@ -15,10 +15,10 @@ import pytest
 from conftest import changed, command, launch, script
 from test_resume import KILLED
 
-from tljax import evaluate, train
+from tljax import evaluate, plan, train
 from tljax.workdir import Workdir
 
-# Gradients are summed in another order: 24 steps end within a relative 4e-7 (measured).
+# Gradients are summed in another order: the figures of 24 steps end within a relative 4e-7 (measured).
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 TIMEOUT = 900  # seconds, on a busy machine
 EXACT = {"rtol": 0, "atol": 0}
@@ -48,7 +48,7 @@ def ended(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
 
 
 def assert_same(path: Path, other: Path, tolerance: dict) -> None:
-    """Metrics, final figures and digest of the frozen leaves are those of another run."""
+    """Metrics, parameters, statistics, final figures and digest of the frozen leaves are those of another run."""
     rows, others = Workdir(path).rows(), Workdir(other).rows()
     assert [(r["step"], sorted(r)) for r in rows] == [(r["step"], sorted(r)) for r in others]
     for row, expected in zip(rows, others):
@@ -59,6 +59,18 @@ def assert_same(path: Path, other: Path, tolerance: dict) -> None:
     for split in ("val", "test"):  # an example left out or taken twice would show in the mean over 9 and 13
         assert summary[split]["confusion"] == expected[split]["confusion"]
         np.testing.assert_allclose(summary[split]["nll"], expected[split]["nll"], **tolerance)
+    leaves, expected = last_state(path), last_state(other)
+    assert leaves.keys() == expected.keys()
+    for name, value in leaves.items():
+        # As vectors: Adam makes more of the rounding of single small gradients.
+        apart, length = (np.linalg.norm(np.ravel(x)) for x in (value - expected[name], value))
+        assert apart <= tolerance["rtol"] * length, (name, apart, length)
+
+
+def last_state(path: Path) -> dict:
+    """{path: value} of the parameters and statistics that a run has ended with."""
+    _, _, params, stats, _ = evaluate.restore(Workdir(path), "last")
+    return plan.flat({"params": params, "stats": stats})
 
 
 def kept(folder: Path) -> dict:
