@@ -53,6 +53,16 @@ def changed(tiny: list[str], workdir: Path, **fields) -> list[str]:
     return [*tiny, f"--workdir={workdir}", *(f"--config.{dotted(k)}={v}" for k, v in fields.items())]
 
 
+TIMES = ("images_per_second", "compile_seconds")  # of a row of metrics: the only thing that may differ
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of metrics of a workdir, without times."""
+    from tljax.workdir import Workdir
+
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in Workdir(path).rows()]
+
+
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory) -> Path:
     """The workdir of a finished tiny run."""

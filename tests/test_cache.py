@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import changed
+from conftest import changed, rows
 from tiny import get_config
 
 from tljax import cache, claims, data, ending, evaluate, experiment, loop, phases, train
@@ -23,10 +23,6 @@ from tljax.workdir import Workdir
 
 # The same operations, fused otherwise.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def rows(path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in Workdir(path).rows()]
 
 
 def params(path) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import changed, script
+from conftest import changed, rows, script
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_launch import ended, launch
 
@@ -239,11 +239,8 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(saved, tmp_path):
 
 def ended_as(path: Path, other: Path) -> bool:
     """Whether metrics and figures of two runs are equal."""
-    rows = [
-        [{k: v for k, v in r.items() if k != "images_per_second"} for r in Workdir(p).rows()] for p in (path, other)
-    ]
     kept = [{k: Workdir(p).summary()[k] for k in ("best", "val", "test", "frozen", "steps")} for p in (path, other)]
-    return rows[0] == rows[1] and kept[0] == kept[1]
+    return rows(path) == rows(other) and kept[0] == kept[1]
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, trained, tmp_path, monkeypatch, capsys):

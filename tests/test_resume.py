@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import command, script
+from conftest import command, rows, script
 from test_delta import weights_file
 
 from tljax import evaluate, plan, train
@@ -25,7 +25,6 @@ MORE = (
     "--config.augment.mixup=0.2", "--config.ema=0.9", "--config.drop_rate=0.3", "--config.optim.name=adamw",
     "--config.early_stop=100",
 )  # fmt: skip
-TIMES = ("images_per_second",)  # of a row of metrics: the only thing that may differ
 
 
 def end(path):
@@ -34,9 +33,8 @@ def end(path):
     checkpoints = Checkpoints(path / "checkpoints")
     _, state = exp.restore(checkpoints, checkpoints.latest(), layout, 24)
     leaves = {p: np.asarray(x).tobytes() for p, x in zip(plan.paths(state), jax.tree.leaves(state))}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in Workdir(path).rows()]
     summary = json.loads((path / "summary.json").read_text())
-    return leaves, rows, {k: summary[k] for k in ("best", "val", "test", "frozen", "steps")}, checkpoints.steps()
+    return leaves, rows(path), {k: summary[k] for k in ("best", "val", "test", "frozen", "steps")}, checkpoints.steps()
 
 
 def newest(path) -> int:
@@ -69,8 +67,8 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tiny, tmp_path):
     assert i >= KILLS, "the run ended before it was killed often enough"
     assert len(resumed) >= KILLS // 2
 
-    (leaves, rows, figures, steps), expected = end(killed), end(tmp_path / "whole")
-    assert rows == expected[1]
+    (leaves, metrics, figures, steps), expected = end(killed), end(tmp_path / "whole")
+    assert metrics == expected[1]
     assert figures == expected[2]
     assert steps == expected[3]
     assert leaves == expected[0]

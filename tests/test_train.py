@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import changed, command
+from conftest import changed, command, rows
 
 from tljax import evaluate, experiment, predict, status, train
 from tljax import plan as plans
@@ -279,10 +279,7 @@ def test_a_resume_on_a_boundary_and_inside_a_phase_is_the_run_never_stopped(tiny
         assert all(
             x.tobytes() == y.tobytes() for x, y in zip(*(map(np.asarray, jax.tree.leaves(t[2:4])) for t in (a, b)))
         )
-        rows = [
-            [{k: v for k, v in r.items() if k != "images_per_second"} for r in Workdir(p).rows()] for p in (whole, path)
-        ]
-        assert rows[0] == rows[1]
+        assert rows(path) == rows(whole)
 
 
 def test_a_leak_in_the_step_is_told_and_stops_nothing(tiny, tmp_path, capsys, monkeypatch):

@@ -65,7 +65,9 @@ def fit(run, state: State) -> tuple[State, bool]:
                 row = {k: float(np.mean([m[k] for m in pending])) for k in pending[0]}
                 pending.clear()
                 told = {f"train/{k}": v for k, v in row.items()} | {"lr": float(run.schedule(step - 1))}
-                log(run, step, told | ({"images_per_second": round(speed, 1)} if speed else {}) | parallel.memory())
+                told |= {"images_per_second": round(speed, 1)} if speed else {}
+                told |= {"compile_seconds": run.watch.compiles.told()["seconds"]}
+                log(run, step, told | parallel.memory())
                 run.watch.waited(run.waited + wait.seconds, bool(run.cache))
                 bar.update(step, row, speed)
             better = "eval" in due and assess(run, step, now())
