@@ -16,6 +16,10 @@ fi
 shift
 python=${PYTHON:-python}
 
+# An interrupt reaches all of them; they agree on a step, save and leave.
+pids=() code=0 failed=0 stopped=0
+trap 'stopped=1; kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null' INT TERM
+
 # A free port, found by asking the system for one.
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
@@ -24,15 +28,12 @@ export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
 exec 2> >(exec awk '{ said = $0; sub(/^\[[0-9]+\] /, "", said) }
   said !~ /^error: / || !told[said]++ { print; fflush() }' >&2)
 
-pids=()
 for ((i = 0; i < count; i++)); do
+  if ((stopped)); then code=143; break; fi  # the others are not waited for
   JAX_PROCESS_ID=$i "$python" -m tljax.train "$@" &
   pids+=($!)
 done
 
-# An interrupt reaches all of them; they agree on a step, save and leave.
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
-code=0 failed=0
 while ((${#pids[@]})); do
   sleep 0.2
   for i in "${!pids[@]}"; do
