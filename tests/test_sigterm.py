@@ -43,7 +43,13 @@ def test_sigterm_at_twenty_random_moments_loses_nothing(tiny, tmp_path, processe
     for _ in range(100):
         before, process = newest(stopped), start(stopped)
         if len(codes) < 20:
-            time.sleep(first_step * rng.uniform(0, 1.5))
+            # Half of them while it starts, half behind a checkpoint of its own: however fast the machine is at the
+            # moment, the run must not be over before the twentieth.
+            behind = len(codes) % 2
+            end_by = time.monotonic() + (600 if behind else rng.uniform(0, first_step))
+            while newest(stopped) == before and process.poll() is None and time.monotonic() < end_by:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5 / processes) * behind)
             each = trainers(process.pid)
             one = rng.choice(each) if processes > 1 and each and rng.random() < 0.7 else process.pid
             with contextlib.suppress(ProcessLookupError):
