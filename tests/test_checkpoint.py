@@ -1,9 +1,12 @@
 """Checkpoints: what comes back is what was saved; which are kept; what is refused."""
 
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import script
 
 from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
@@ -79,3 +82,24 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot keep checkpoints in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+SIGNALLED = """
+import os, signal, sys, time
+import jax
+jax.distributed.initialize(sys.argv[1], 1, 0)
+from tljax.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[2])
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(3)  # JAX has heard of it, and all have agreed on a step
+print([step for step in range(68, 71) if checkpoints.preempted(step)])
+"""
+
+
+def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_not_lost(tmp_path):
+    """JAX's own count begins at 0, and says yes to one number only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    out, err = script(SIGNALLED, address, str(tmp_path)).communicate(timeout=300)
+    assert out == "[68]\n", err

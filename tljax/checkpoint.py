@@ -62,6 +62,7 @@ class Checkpoints:
         self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
         self.staging = None
+        self.asked = 0  # the highest number with which `preempted` has asked
         place, self.failures = self.folder, (OSError, ValueError)
         if stores.is_remote(self.folder):
             self.failures = (Exception,)  # a store's library raises any kind
@@ -104,7 +105,11 @@ class Checkpoints:
 
     def preempted(self, step: int) -> bool:
         """Whether SIGTERM reached a process of several: they agree on the step at which all save."""
-        return self.manager.reached_preemption(step)
+        # They agree on the number that follows the highest one that any of them has asked with: 1 where the signal
+        # comes before the first step. JAX says yes to that number alone, so a run that goes on asks with each before.
+        numbers = range(self.asked + 1, step + 1)
+        self.asked = step
+        return any(self.manager.reached_preemption(number) for number in numbers)
 
     def save(self, step: int, state: Tree, notes: dict, best: int | None = None) -> None:
         """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; `best` is the best step so far."""
