@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import changed
+from test_delta import weights_file
 
 from tljax import config as configs
 from tljax import cost, evaluate, experiment, frozen_dtype, memory, optim, parallel, train
@@ -17,6 +18,7 @@ from tljax.errors import UserError
 from tljax.leaks import lint
 from tljax.parallel import Layout, mesh_sizes
 from tljax.step import init_state
+from tljax.weights import runs
 from tljax.workdir import Workdir
 
 BATCH, CLASSES = 16, 5
@@ -234,9 +236,23 @@ def test_a_run_goes_on_under_another_mesh(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"cache": "memory", "augment_crop_min_scale": 1.0, "augment_flip": False}])
-def test_a_run_on_narrow_frozen_leaves_is_that_on_wide_ones_and_resumes_exactly(tiny, tmp_path, more):
-    """Losses, figures and parameters to the last bit; its checkpoints hold them narrow."""
+@pytest.mark.parametrize(
+    ("delta", "more"),
+    [
+        (False, {}),
+        (False, {"cache": "memory", "augment_crop_min_scale": 1.0, "augment_flip": False}),
+        (True, {}),
+        (False, {"parallel_mode": "pmap"}),
+        (False, {"parallel_fsdp": 4}),
+    ],
+    ids=["plain", "kept features", "deltas", "pmap", "fsdp"],
+)
+def test_a_run_on_narrow_frozen_leaves_is_that_on_wide_ones_and_resumes_exactly(
+    tiny, tmp_path, monkeypatch, delta, more
+):
+    """Losses, figures and parameters to the last bit; its checkpoints hold them narrow, or not at all."""
+    monkeypatch.setattr(parallel, "FSDP_LEAST", 64)
+    tiny = [*tiny, f"--config.checkpoint.delta={delta}", f"--config.weights={weights_file(tmp_path / 'w.safetensors')}"]
     wide, narrow = tmp_path / "wide", tmp_path / "narrow"
     fields = {"dtype": "bfloat16", **more}
     assert train.main(changed(tiny, wide, **fields)) == 0
@@ -247,7 +263,8 @@ def test_a_run_on_narrow_frozen_leaves_is_that_on_wide_ones_and_resumes_exactly(
     first = read(narrow)
     assert losses(narrow) == losses(wide)
     assert first["test"] == read(wide)["test"]
-    assert first["checkpoint"]["bytes"] < read(wide)["checkpoint"]["bytes"]
+    held = "whole_bytes" if delta else "bytes"
+    assert first["checkpoint"][held] < read(wide)["checkpoint"][held]
     before = jax.tree.leaves(evaluate.restore(Workdir(narrow), "last")[2])
     assert {str(leaf.dtype) for leaf in before} == {"float32", "bfloat16"}
     again(narrow)
@@ -257,3 +274,8 @@ def test_a_run_on_narrow_frozen_leaves_is_that_on_wide_ones_and_resumes_exactly(
     for one, other in zip(before, jax.tree.leaves(evaluate.restore(Workdir(narrow), "last")[2]), strict=True):
         np.testing.assert_array_equal(one, other)
     assert evaluate.main([f"--workdir={narrow}"]) == 0  # the same figures
+    own, others = (runs.read(path) for path in (narrow, wide))  # what leaves a run is in full again
+    assert own.keys() == others.keys()
+    for path, value in own.items():
+        assert value.dtype == others[path].dtype
+        np.testing.assert_array_equal(value, others[path], err_msg=path)

@@ -6,6 +6,7 @@ import pytest
 from tiny import get_config
 
 from tljax import experiment
+from tljax.evaluate import differing
 from tljax.parallel import Layout
 from tljax.step import init_state
 
@@ -76,3 +77,19 @@ def test_losses_in_bfloat16_are_those_of_float32_but_for_rounding():
     short, long = losses("bfloat16"), losses("float32")
     assert short != long
     np.testing.assert_allclose(short, long, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nll", "right", "said"),
+    [
+        ("float32", 1.00005, 60, []),
+        ("float32", 1.0002, 60, ["test/nll is 1.0002, was 1"]),
+        ("float32", 1.0, 59, ["test/accuracy is 0.59, was 0.6"]),
+        ("bfloat16", 1.01, 59, []),
+        ("bfloat16", 1.05, 55, ["test/nll is 1.05, was 1", "test/accuracy is 0.55, was 0.6"]),
+    ],
+)
+def test_figures_are_the_same_up_to_the_rounding_of_the_dtype(dtype, nll, right, said):
+    """Of 100 photographs; other devices sum in another order."""
+    figures = lambda nll, right: {"test": {"nll": nll, "accuracy": right / 100, "confusion": [[right, 100 - right]]}}
+    assert differing(figures(nll, right), figures(1.0, 60), dtype) == said

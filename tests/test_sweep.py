@@ -26,6 +26,7 @@ from tljax import (
     members,
     memory,
     parallel,
+    plan,
     strategies,
     sweep,
     train,
@@ -162,6 +163,24 @@ def test_adapters_are_their_solo_runs(base, sweeps, solo):
     fields = {"strategy": "lora(rank=2, targets='block3/conv2')", "train_for": "4 steps"}
     made = base({"optim.lr": (0.01, 0.03), "seed": (0, 3)}, **fields)
     check(sweeps(made), made, solo, (3,))
+
+
+def test_members_on_narrow_frozen_leaves_are_those_on_wide_ones(base, sweeps):
+    """Losses and what trains to the last bit."""
+    fields = {"dtype": "bfloat16", "strategy": "partial(last=1)", "train_for": "4 steps"}
+    wide, narrow = (
+        sweeps(base({"optim.lr": (0.01, 0.03)}, **fields, **{"parallel.frozen_dtype": dtype}), name=dtype or "wide")
+        for dtype in ("", "bfloat16")
+    )
+    for number, (row, curve, variables) in wide.items():
+        same, others, narrowed = narrow[number]
+        assert curve == others
+        assert row["test"] == same["test"]
+        for path, value in plan.flat(variables[0]).items():
+            other = plan.flat(narrowed[0])[path]
+            assert str(other.dtype) == ("float32" if value.dtype == other.dtype else "bfloat16")
+            np.testing.assert_array_equal(value.astype(other.dtype), other)
+        assert {str(leaf.dtype) for leaf in plan.flat(narrowed[0]).values()} == {"float32", "bfloat16"}
 
 
 def test_layer_decay_and_dropout_are_numbers(base, sweeps, solo, caplog):
