@@ -116,6 +116,7 @@ class Run:
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return 0
         self.lock.take(self.console.print)
+        self.workdir.check = self.lock.check
         self.workdir.claim(config)  # again: two may have come at once
         self.watch.begin(self.total)
         with self.clock("model"):
