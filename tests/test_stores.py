@@ -205,6 +205,31 @@ def test_what_was_damaged_in_the_store_is_not_read(held):
         Checkpoints(place).notes(1)
 
 
+def test_a_damaged_checkpoint_that_is_saved_again_is_replaced_in_the_store(held):
+    """Also one of which only a damaged list is left."""
+    place, there = "s3://bucket/a/checkpoints", held["s3"]
+    checkpoints = Checkpoints(place)
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {"step": step}, best=None)
+    checkpoints.close()
+    key = next(k for k in there.objects if k[1].endswith("/2/notes/metadata"))
+    there.put(*key, b"damaged")
+    there.put("bucket", "a/checkpoints/3/whole.json", b"half")
+    again = Checkpoints(place)
+    for step in (2, 3):
+        with pytest.raises(Damaged):
+            again.notes(step)
+    again.set_aside([2, 3])
+    again.save(2, state(2), {"again": 2}, best=None)
+    again.close()
+    reading = Checkpoints(place, create=False)
+    assert reading.steps() == [1, 2]
+    assert reading.notes(2) == {"again": 2}
+    assert float(reading.restore(2, placed(like()))["params"]["w"][0]) == 2
+    listed = json.loads(there.read(f"{place}/2/whole.json"))
+    assert there.names_below(f"{place}/2") == sorted([*listed, "whole.json"]), "files of the damaged one were left"
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -370,7 +395,3 @@ def test_two_processes_write_one_run_to_a_store(held, tiny, tmp_path):
     assert_same("gs://bucket/two", tmp_path / "two", EXACT)
     names = held["gs"].names_below("gs://bucket/two/checkpoints/9")
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= {part for name in names for part in name.split("/")}
-    process = launch(*argv, "--workdir=s3://bucket/two")
-    _, err = process.communicate(timeout=500)
-    assert process.returncode == 2, err
-    assert "several processes keep their checkpoints in gs://" in err
