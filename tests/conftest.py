@@ -73,6 +73,33 @@ def trained(tiny, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def servers():
+    """Fakes of GCS and S3: one of each, as gcsfs, s3fs, tensorstore and epath remember where an address led."""
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("s3fs")
+    import fake_gcs
+    import fake_s3
+
+    with fake_gcs.serving("bucket") as gs, fake_s3.serving("bucket") as s3:
+        yield {"gs": gs, "s3": s3}, fake_gcs.environment(gs.url) | fake_s3.environment(s3.url)
+
+
+@pytest.fixture
+def buckets(servers, tmp_path, monkeypatch):
+    """What both stores hold: nothing, at first. This process and those that it starts are led to them."""
+    from etils.epath import backend
+
+    for name, value in servers[1].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for held in servers[0].values():
+        held.clear()
+    yield servers[0]
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
 # Where the tests run in the background, SIGINT is ignored, and what they start would inherit that.
 START = """
 import os, signal, sys

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -28,6 +28,13 @@ class Bucket:
         self.lock = threading.RLock()
         self.url = ""
 
+    def clear(self) -> None:
+        """Holds nothing any more, and refuses nothing."""
+        with self.lock:
+            self.objects.clear()
+            self.requests.clear()
+            self.refused = ""
+
     def put(self, bucket: str, name: str, content: bytes) -> dict:
         """Holds an object from now on, in the place of any before it."""
         with self.lock:
@@ -42,6 +49,12 @@ class Bucket:
             }  # fmt: skip
             self.objects[bucket, name] = {"meta": meta, "content": bytes(content)}
             return meta
+
+    def set_back(self, name: str, seconds: float) -> None:
+        """Makes an object of "bucket" so many seconds older."""
+        meta = self.objects["bucket", name]["meta"]
+        then = datetime.fromisoformat(meta["updated"]) - timedelta(seconds=seconds)
+        meta["updated"] = then.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
     def names_below(self, url: str) -> list[str]:
         """The objects below a gs:// address, by their names there."""

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
@@ -19,13 +19,26 @@ class Bucket:
         self.objects: dict[tuple[str, str], tuple[bytes, datetime]] = {}
         self.requests: list[str] = []
         self.refused = ""  # a pattern: what matches of "METHOD path" is answered with 403
+        self.conditions = "told"  # of "If-None-Match: *"; "kept": without saying which it was; "ignored"
         self.parts: dict[str, dict[int, bytes]] = {}
         self.lock = threading.RLock()
         self.url = ""
 
+    def clear(self) -> None:
+        """Holds nothing any more, and refuses nothing."""
+        with self.lock:
+            self.objects.clear()
+            self.requests.clear()
+            self.refused, self.conditions = "", "told"
+
     def put(self, bucket: str, name: str, content: bytes) -> None:
         """Holds an object from now on, in the place of any before it."""
         self.objects[bucket, name] = content, datetime.now(UTC)
+
+    def set_back(self, name: str, seconds: float) -> None:
+        """Makes an object of "bucket" so many seconds older."""
+        content, when = self.objects["bucket", name]
+        self.objects["bucket", name] = content, when - timedelta(seconds=seconds)
 
     def names_below(self, url: str) -> list[str]:
         """The objects below an s3:// address, by their names there."""
@@ -46,8 +59,17 @@ def _etag(content: bytes) -> str:
 class _S3(Handler):
     held: Bucket
 
-    def error(self, status: int, code: str) -> None:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode())
+    def error(self, status: int, code: str, more: str = "") -> None:
+        self.answer(status, f"<Error><Code>{code}</Code><Message>{code}</Message>{more}</Error>".encode())
+
+    def there_already(self, key: tuple[str, str]) -> bool:
+        """Whether a write is on condition that nothing is there, and something is."""
+        asked = self.headers.get("If-None-Match") == "*" and self.held.conditions != "ignored"
+        return asked and key in self.held.objects
+
+    def refuse(self) -> None:
+        told = "<Condition>If-None-Match</Condition>" if self.held.conditions == "told" else ""
+        self.error(412, "PreconditionFailed", told)
 
     def serve(self) -> None:
         parts, body, held = urlsplit(self.path), self.body(), self.held
@@ -99,6 +121,8 @@ class _S3(Handler):
         if self.command == "PUT" and "partNumber" in query:
             held.parts[query["uploadId"]][int(query["partNumber"])] = body
             return self.answer(200, ETag=_etag(body))
+        if self.command in ("POST", "PUT") and self.there_already(key):
+            return self.refuse()
         if self.command == "POST" and "uploadId" in query:
             held.put(*key, b"".join(part for _, part in sorted(held.parts.pop(query["uploadId"]).items())))
             text = f"<ETag>{escape(_etag(held.objects[key][0]))}</ETag>"

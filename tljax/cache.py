@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tljax import claims, data, files
+from tljax import claim_files, claims, data, files
 from tljax import config as configs
 from tljax.data import Augment, Split
 from tljax.errors import UserError
@@ -236,7 +236,7 @@ class FeatureCache:
 
     def _tidy(self, place: Path) -> None:
         """Removes what processes have left that were killed: those of this machine, and of others after a day."""
-        now = claims.now(place)
+        now = claim_files.now(place)
         for left in place.glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # by who tidies up as well
                 dead = claims.died(left.stem.rpartition("-")[2])

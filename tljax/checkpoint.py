@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from tljax import checksums, stores
+from tljax import checksums, cluster, stores
 from tljax.agreement import first_said
 from tljax.errors import UserError, listing
 from tljax.plan import flat
@@ -61,7 +62,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, create: bool = True):
         self.policy = _BestAndLastTwo()
         self.folder = os.fspath(folder)
-        self.staging = None
+        self.staging, self.manager = None, None
         self.asked = 0  # the highest number with which `preempted` has asked
         place, self.failures = self.folder, (OSError, ValueError)
         if stores.is_remote(self.folder):
@@ -72,6 +73,14 @@ class Checkpoints:
                 place = self.staging.near
         else:
             place = os.path.abspath(self.folder)
+        self.place = epath.Path(place)
+        # Of several processes with a local folder each, process 0 alone writes, and says what there is.
+        self.apart = bool(self.staging) and jax.process_count() > 1
+        self.may_write = create
+        if self.staging and not self.staging.writes:
+            return
+        alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="staging")
+        of = {"multiprocessing_options": alone} if self.apart else {}
         # Of several processes one may hang: then the others end.
         patience = {} if jax.process_count() > 1 else {"timeout_secs": CENTURY}
         try:
@@ -81,13 +90,14 @@ class Checkpoints:
                 place,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self.policy,
-                    create=create,
+                    create=create and not self.staging,
                     cleanup_tmp_directories=create,  # of saves that a kill has cut off
                     async_options=ocp.options.AsyncOptions(**patience),
+                    **of,
                 ),
                 item_handlers={
-                    "state": ocp.StandardCheckpointHandler(),
-                    "notes": ocp.JsonCheckpointHandler(),
+                    "state": ocp.StandardCheckpointHandler(**of),
+                    "notes": ocp.JsonCheckpointHandler(**of),
                 },
             )
         except OSError as error:
@@ -96,12 +106,17 @@ class Checkpoints:
             raise UserError(f"{self.folder} holds no checkpoints: {_short(error)}") from error
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, ascending."""
-        return sorted(self.manager.all_steps())
+        """The steps of the complete checkpoints, ascending. All processes have to call it."""
+        if self.apart and jax.process_index():
+            return [int(step) for step in first_said("").split()]
+        found = sorted(self.manager.all_steps() if self.manager else self.staging.steps())
+        if self.apart:
+            first_said(" ".join(map(str, found)))
+        return found
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
-        return self.manager.latest_step()
+        return max(self.steps(), default=None)
 
     def preempted(self, step: int) -> bool:
         """Whether SIGTERM reached a process of several: they agree on the step at which all save."""
@@ -109,7 +124,7 @@ class Checkpoints:
         # comes before the first step. JAX says yes to that number alone, so a run that goes on asks with each before.
         numbers = range(self.asked + 1, step + 1)
         self.asked = step
-        return any(self.manager.reached_preemption(number) for number in numbers)
+        return any(ocp.utils.reached_preemption(number) for number in numbers)
 
     def save(self, step: int, state: Tree, notes: dict, best: int | None = None) -> None:
         """Begins to save `state`, a tree of arrays, and `notes`, plain JSON; `best` is the best step so far."""
@@ -118,26 +133,39 @@ class Checkpoints:
         found = {"notes": notes, "shapes": _shapes(state), "checksums": checksums.of(_named(state))}
         found = json.loads(json.dumps(found))  # a copy: it is written later, when the run has gone on
         proven = found | {"digest": _digest(found)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(proven))
+        if self.apart:
+            state = _whole(state)
         self.policy.best = best
-        try:
+        with self._writing():  # its errors are also those of the save before this one
             if self.staging:
                 self.staging.wait()
-            self.manager.save(step, args=args)
-            if self.staging:
+            if self.manager:
+                args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(proven))
+                self.manager.save(step, args=args)
+            if self.staging and self.manager:
                 self.manager.wait_until_finished()
                 self.staging.push()
-        except self.failures as error:  # also those of the save before this one
-            raise UserError(self._failed(error)) from error
 
     def wait(self) -> None:
-        """Returns when every save is on disk."""
-        try:
-            self.manager.wait_until_finished()
+        """Returns when every save is on disk. All processes have to call it."""
+        with self._writing():
+            if self.manager:
+                self.manager.wait_until_finished()
             if self.staging:
                 self.staging.wait()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Makes what fails one line, of all processes where one writes for them: they wait for it."""
+        line, cause = "", None
+        try:
+            yield
         except self.failures as error:
-            raise UserError(self._failed(error)) from error
+            line, cause = self._failed(error), error
+        if self.apart and self.may_write:
+            line = first_said(line)
+        if line:
+            raise UserError(line) from cause
 
     def _failed(self, error: Exception) -> str:
         # From the disk: orbax counts the one that failed as well.
@@ -172,7 +200,7 @@ class Checkpoints:
 
     def set_aside(self, steps: list[int]) -> str:
         """Gets checkpoints out of the way; returns where they are now. What was there before goes."""
-        folder, remote = self.manager.directory, stores.is_remote(self.folder)
+        folder, remote = self.place, stores.is_remote(self.folder)
         aside, line = folder.parent / f"{folder.name}-damaged", ""
         if jax.process_index() == 0:
             try:
@@ -188,13 +216,18 @@ class Checkpoints:
                 line = f"cannot move damaged checkpoints to {aside}: {_short(error)}"
         if line := first_said(line):
             raise UserError(line)
-        self.manager.reload()
+        if self.manager:
+            self.manager.reload()
+        if self.staging:
+            self.staging.forget(steps)
         return "deleted" if remote else f"moved to {aside}"
 
     def _place(self, step: int, item: str):
         # The handlers read without the manager, and so without its barriers, at which the other processes would wait
         # for one that meets damage.
-        return self.manager.directory / str(step) / item
+        if self.staging:
+            self.staging.fetch(step)
+        return self.place / str(step) / item
 
     def _proven(self, step: int) -> dict:
         """What stands beside the state, as it was saved."""
@@ -236,7 +269,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
         self.wait()
-        self.manager.close()
+        if self.manager:
+            self.manager.close()
         if self.staging:
             self.staging.close()
 
@@ -246,6 +280,19 @@ def _short(error: Exception) -> str:
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     system = re.search(r"([^:]+) \[os_error_code", text)
     return system[1].strip() if system else text[:200]
+
+
+def _whole(tree: Tree) -> Tree:
+    """The arrays as numpy in process 0, and nothing in others: one after the other, as no device may hold them all."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    def whole(leaf):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = process_allgather(leaf, tiled=True)
+        return np.asarray(leaf) if jax.process_index() == 0 else None
+
+    cluster.meet()
+    return jax.tree.map(whole, tree)
 
 
 def _digest(value: Any) -> str:

@@ -7,18 +7,16 @@ taken over by making `claim-0002`. Of several that try, one succeeds, and who ha
 
 Of the folder it is assumed that a hard link, or an exclusive creation, succeeds for one process alone (NFS: yes), and
 that a touched file gets the time of the file system. No two machines' clocks are compared: what is now is read from a
-file that is made for it.
+file that is made for it. A folder may be one in a store (`tljax.claim_objects`), for claims alone.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -26,42 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tljax import files
+from tljax import files, stores
+from tljax.claim_files import Files, publish
+from tljax.claim_objects import Objects
 
 STALE = 60.0  # seconds without a heartbeat, after which a holder counts as dead
-NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 POLL = 0.2  # seconds between two looks at what another process does
-
-
-def publish(path: Path, text: str) -> bool:
-    """Writes a file whole, unless there is one; returns whether it is this one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return os.stat(temporary).st_nlink == 2  # NFS may repeat a request that had succeeded
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            return _created(path, text)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _created(path: Path, text: str) -> bool:
-    """As `publish`, where there are no hard links: exclusive, but for a moment not whole."""
-    try:
-        with path.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        return False
-    return True
 
 
 def once(folder: Path, name: str, make: Callable[[], str], stale: float = STALE) -> str:
@@ -83,8 +51,9 @@ def take(folder: Path, stale: float = STALE) -> "Claim | None":
     """Claims the work of a folder, which is made where there is none; None where another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        newest = _newest(folder)
-        if newest and not _free(folder, newest, stale):
+        there = lying(folder)
+        newest = _newest(there)
+        if newest and not _free(there, newest, stale):
             return None
         return succeed(folder, newest, stale)
     except FileNotFoundError:  # another process has just removed the folder
@@ -93,116 +62,133 @@ def take(folder: Path, stale: float = STALE) -> "Claim | None":
 
 def succeed(folder: Path, number: int, stale: float = STALE) -> "Claim | None":
     """Claims work of which the claim of this number, the last one that was seen, is free; None: another was faster."""
-    path = folder / f"claim-{number + 1:04d}"
+    there, name = lying(folder), f"claim-{number + 1:04d}"
+    since = {"since": time.strftime("%F %T"), "claim": uuid.uuid4().hex}
+    text = json.dumps(identity() | since) + "\n"
     try:
-        if not publish(path, json.dumps(identity() | {"since": time.strftime("%F %T")}) + "\n"):
+        if not there.create(name, text):
             return None
     except FileNotFoundError:  # removed by who was faster, and has tidied up
         return None
-    if _newest(folder) > number + 1:  # so was the claim of this number
-        path.unlink(missing_ok=True)
+    if _newest(there) > number + 1:  # so was the claim of this number
+        there.remove(name)
         return None
-    return Claim(path, stale)
+    return Claim(folder / name, text, there, stale)
 
 
 def holder(folder: Path, stale: float = STALE) -> dict | None:
     """Who is at the work of a folder: {"worker", "host", "pid", "since", …}; None where nobody is."""
-    newest = _newest(folder)
-    if not newest or _free(folder, newest, stale):
+    there = lying(folder)
+    newest = _newest(there)
+    if not newest or _free(there, newest, stale):
         return None
     # A claim that is being written, or is damaged, does not say who.
-    return {"worker": "another worker", "since": "now"} | _read(folder / f"claim-{newest:04d}")[0]
+    return {"worker": "another worker", "since": "now"} | _read(there, newest)[0]
 
 
 class Last(NamedTuple):
-    """The claim that counts: its number (0: there is none), whose it is, when it was touched, whether it was left."""
+    """The claim that counts: its number (0: there is none), whose, what a heartbeat changes, whether it was left."""
 
     number: int
     identity: dict
-    touched: float
+    touched: object
     left: bool
 
 
 def last(folder: Path) -> Last:
     """The claim that counts."""
-    number = _newest(folder)
-    path = folder / f"claim-{number:04d}"
+    there = lying(folder)
+    names = there.names()
+    number = _highest(names)
     try:
-        found, touched = _read(path) if number else ({}, 0.0)
+        found, touched = _read(there, number) if number else ({}, 0.0)
     except FileNotFoundError:  # tidied up by who has succeeded it
         return last(folder)
-    return Last(number, found, touched, path.with_name(f"{path.name}.left").exists())
+    return Last(number, found, touched, f"{_name(number)}.left" in names)
 
 
 def age(folder: Path, claim: Last) -> float:
-    """Seconds since a claim was touched, by the clock of the file system; what is to come has been long ago."""
-    return abs(now(folder) - claim.touched)
+    """Seconds since a claim's last heartbeat, by the clock of the file system or the store."""
+    return lying(folder).age(_name(claim.number), claim.touched)
 
 
 def begun(folder: Path) -> bool:
     """Whether anybody has ever claimed the work of a folder."""
-    return _newest(folder) > 0
+    return _newest(lying(folder)) > 0
 
 
 class Claim(contextlib.AbstractContextManager):
     """A claim that is held: it is touched until it ends. `lost` tells whether another process has taken it over."""
 
-    def __init__(self, path: Path, stale: float):
+    def __init__(self, path: Path, text: str, there: "Files | Objects", stale: float):
         self.path, self.number, self._end = path, int(path.name.rpartition("-")[2]), threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(stale / 10,), daemon=True)
+        self._text, self._there = text, there
+        self._thread = threading.Thread(target=self._beat, args=(stale * there.beat,), daemon=True)
         self._thread.start()
 
     def _beat(self, every: float) -> None:
         while not self._end.wait(every):
-            with contextlib.suppress(OSError):  # a file system that is away may come back
-                os.utime(self.path)
+            with contextlib.suppress(Exception):  # what is away may come back
+                self._there.touch(self.path.name, self._text)
 
     @property
     def lost(self) -> bool:
         """Whether another process has taken the work over, as this one seemed dead."""
-        return _newest(self.path.parent) > self.number
+        return _newest(self._there) > self.number
+
+    @property
+    def alone(self) -> bool:
+        """Whether of several that try at once one alone gets the claim: a store may not know how to refuse others."""
+        return self._there.refuses(self.path.name, self._text)
+
+    def tidy(self) -> None:
+        """Removes what earlier holders have left. The claim of the highest number stays: no number comes twice."""
+        for name in self._there.names():
+            if name != self.path.name:
+                self._there.remove(name)
 
     def __exit__(self, *_):
         self._end.set()
         self._thread.join(timeout=10)  # it may hang in a file system that is away
-        with contextlib.suppress(OSError):  # a full disk: the claim is free when this process ends
-            self.path.with_name(f"{self.path.name}.left").touch()
+        with contextlib.suppress(Exception):  # a full disk: the claim is free when this process ends
+            self._there.leave(self.path.name)
 
 
-def _newest(folder: Path) -> int:
+def lying(folder: Path) -> "Files | Objects":
+    """Claims as they lie in a folder."""
+    return Objects(folder) if stores.is_remote(folder) else Files(folder)
+
+
+def _name(number: int) -> str:
+    return f"claim-{number:04d}"
+
+
+def _highest(names: list[str]) -> int:
     """The number of the claim that counts; 0: there is none."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return 0
     return max((int(found[1]) for found in (re.fullmatch(r"claim-(\d+)", name) for name in names) if found), default=0)
 
 
-def _free(folder: Path, number: int, stale: float) -> bool:
+def _newest(there: "Files | Objects") -> int:
+    return _highest(there.names())
+
+
+def _free(there: "Files | Objects", number: int, stale: float) -> bool:
     """Whether the work may be taken over from the holder of a claim."""
-    path = folder / f"claim-{number:04d}"
-    if path.with_name(f"{path.name}.left").exists():
+    if f"{_name(number)}.left" in there.names():
         return True
-    found, touched = _read(path)
+    found, touched = _read(there, number)
     # A holder whose clock has been set back is soon touched by it again.
-    return _dead(found) or abs(now(folder) - touched) > stale
+    return _dead(found) or there.age(_name(number), touched) > stale
 
 
-def _read(path: Path) -> tuple[dict, float]:
-    """What a claim says, {} where it cannot be read, and when it was touched (opened, so that NFS looks it up anew)."""
-    with path.open() as file:
-        touched = os.fstat(file.fileno()).st_mtime
-        try:
-            found = files.parsed(file.read())
-        except ValueError:
-            found = {}
+def _read(there: "Files | Objects", number: int) -> tuple[dict, object]:
+    """What a claim says, {} where it cannot be read, and what a heartbeat changes."""
+    text, touched = there.read(_name(number))
+    try:
+        found = files.parsed(text)
+    except ValueError:
+        found = {}
     return found if isinstance(found, dict) else {}, touched
-
-
-def now(folder: Path) -> float:
-    """The time of the file system."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as file:
-        return os.fstat(file.fileno()).st_mtime
 
 
 # ---- who holds a claim

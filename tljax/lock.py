@@ -1,4 +1,4 @@
-"""One run at a time in a workdir: a claim (`tljax.claims`) in its folder `.lock`.
+"""One run at a time in a workdir: a claim (`tljax.claims`) in its folder `.lock`, on a file system or in a store.
 
 The processes of one run are one holder, process 0. A holder on this machine has the workdir as long as its process
 lives, however long it sleeps; one on another machine as long as its heartbeat is seen to move. So no clock decides, and
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from tljax import claims, stores
+from tljax import claim_objects, claims, stores
 from tljax.agreement import first_said
 from tljax.errors import UserError
 
@@ -28,17 +28,15 @@ class Lock(contextlib.AbstractContextManager):
     """The lock of a workdir: taken by `take`, left with the context."""
 
     def __init__(self, workdir: str | os.PathLike):
-        self.path = workdir
+        self.path = stores.place(workdir, "--workdir") if stores.is_remote(workdir) else Path(workdir)
         self.claim: claims.Claim | None = None
         self._handler = None  # of SIGTERM, before
 
     def take(self, say: Callable[[str], None] = print) -> None:
         """Makes this run the workdir's. Raises UserError, in all processes, that names the run which is in it.
 
-        In a store (gs://, s3://) nothing is locked.
+        In a store that cannot keep others out that is said, and the run goes on.
         """
-        if stores.is_remote(self.path):
-            return
         states = self._states(say) if jax.process_index() == 0 else iter(lambda: "", None)
         while (state := first_said(next(states))) == WAIT:
             pass
@@ -53,7 +51,7 @@ class Lock(contextlib.AbstractContextManager):
     def check(self) -> None:
         """Raises UserError where another run has taken the workdir over, as this one seemed dead."""
         if self.claim and self.claim.lost:
-            found = claims.holder(self.claim.path.parent) or {}
+            found = claims.last(self.claim.path.parent).identity
             raise UserError(f"{self._in_use(found)}; it took this one for dead")
 
     def _terminated(self, number, _):
@@ -70,9 +68,14 @@ class Lock(contextlib.AbstractContextManager):
 
     def _states(self, say: Callable[[str], None]) -> Iterator[str]:
         """WAIT, as often as one has to, then TAKEN or why not."""
-        folder = Path(self.path, FOLDER)
+        remote = stores.is_remote(self.path)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = self.path / FOLDER
+            if remote and (why := claim_objects.lacking(folder)):
+                say(f"nothing keeps another run out of {self.path}: {why}")
+                yield TAKEN
+            if not remote:
+                folder.mkdir(parents=True, exist_ok=True)
             while not self.claim:
                 last = claims.last(folder)
                 if last.number and not last.left:
@@ -86,9 +89,16 @@ class Lock(contextlib.AbstractContextManager):
                         yield self._in_use(last.identity)
                         return
                 self.claim = claims.succeed(folder, last.number)
-            _tidy(folder, self.claim)
-        except OSError as error:
-            yield f"cannot write to {self.path}: {error.strerror or error}"
+            self.claim.tidy()
+            if not self.claim.alone:
+                say(f"two runs that begin at once are not kept apart in {self.path}: what is there is overwritten")
+        except UserError as error:
+            yield str(error)
+        except Exception as error:  # a store's library raises any kind
+            if not remote and not isinstance(error, OSError):
+                raise
+            why = stores.explained(error, str(self.path)) if remote else error.strerror or error
+            yield f"cannot write to {self.path}: {why}"
         yield TAKEN
 
     def _in_use(self, found: dict) -> str:
@@ -99,10 +109,11 @@ class Lock(contextlib.AbstractContextManager):
 class Heartbeat:
     """Whether the heartbeat of a holder on another machine moves, of which one may have to see a while."""
 
-    def __init__(self, folder: Path, last: "claims.Last", say: Callable[[str], None]):
+    def __init__(self, folder: Path, last: claims.Last, say: Callable[[str], None]):
         self.folder, self.last = folder, last
         # Two beats at least: it may seem old where the clock has jumped.
-        self.patience = max(claims.STALE / 5, claims.STALE - claims.age(folder, last))
+        least = 2 * claims.STALE * claims.lying(folder).beat
+        self.patience = max(least, claims.STALE - claims.age(folder, last))
         self.begun = time.monotonic()
         host, pid = (last.identity.get(name, "?") for name in ("host", "pid"))
         say(f"process {pid} on {host} was here before: looking for {self.patience:.0f} s whether it lives")
@@ -113,10 +124,3 @@ class Heartbeat:
         if now.number != self.last.number or now.touched != self.last.touched:
             return not now.left
         return False if time.monotonic() > self.begun + self.patience else None
-
-
-def _tidy(folder: Path, claim: claims.Claim) -> None:
-    """Removes what earlier holders have left. The claim of the highest number stays, and so no number comes twice."""
-    for file in folder.iterdir():
-        if file != claim.path:
-            file.unlink(missing_ok=True)

@@ -13,28 +13,28 @@ from pathlib import Path
 import jax
 
 from tljax import files, stores
-from tljax.errors import UserError
 
 WHOLE = "whole.json"  # {file: SHA-256}
 
 
 class Staging:
-    """The local folder `near`, and its copy at an address. The store is right where they differ."""
+    """The local folder `near`, and its copy at an address. The store is right where they differ.
+
+    Of several processes process 0 writes. The others, and who only reads, copy the checkpoints that they ask for.
+    """
 
     def __init__(self, address: str, writes: bool):
-        if jax.process_count() > 1:
-            raise UserError(
-                f"{address}: several processes keep their checkpoints in gs://, or in a folder that all of them see: "
-                "orbax writes to no other store"
-            )
         self.far = stores.place(address, "checkpoints")
+        self.writes = writes and jax.process_index() == 0
         # Who only reads must not meet what a run on this machine is about to copy.
-        self._own = None if writes else tempfile.TemporaryDirectory(prefix="tljax-")
+        self._own = None if self.writes else tempfile.TemporaryDirectory(prefix="tljax-")
         self.near = Path(self._own.name) if self._own else stores.near(address)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future | None = None
-        with stores.reported("read", self.far):
-            self._pull()
+        self._kept: set[int] = set()  # the steps that the store has as they are here
+        if self.writes:
+            with stores.reported("read", self.far):
+                self._pull()
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that the store has whole, ascending."""
@@ -52,9 +52,14 @@ class Staging:
         for entry in self.near.iterdir():
             if entry.name not in whole or _digests(entry) != whole[entry.name]:
                 shutil.rmtree(entry)
-        for step, digests in whole.items():
-            if not (self.near / step).exists():
-                self._download(step, digests)
+        for step in whole:
+            self.fetch(int(step))
+        self._kept = set(map(int, whole))
+
+    def fetch(self, step: int) -> None:
+        """Copies a checkpoint to the local folder, where it is not there. Raises what the store's library raises."""
+        if not (self.near / str(step)).exists():
+            self._download(str(step), self._listed(str(step)))
 
     def _listed(self, step: int) -> dict[str, str]:
         """The files of a checkpoint that the store has; none where their list is damaged."""
@@ -79,18 +84,30 @@ class Staging:
         self.wait()
         self._upload = self._pool.submit(self._push)
 
+    def forget(self, steps: list[int]) -> None:
+        """Checkpoints that were removed here: what the store has under these numbers is no longer right."""
+        self._kept -= set(steps)
+
     def _push(self) -> None:
-        there, whole = self._there(), self.steps()
-        here = sorted(int(entry.name) for entry in self.near.iterdir() if entry.name.isdigit())
+        there, here = self._there(), sorted(int(entry.name) for entry in self.near.iterdir() if entry.name.isdigit())
         for step in here:
-            if step not in whole:
+            if step not in self._kept:
+                if step in there:  # half of it, or a damaged one
+                    self._remove(step)
                 folder = self.near / str(step)
                 digests = _digests(folder)
                 for name in digests:
                     stores.upload(folder / name, self.far / str(step) / name)
                 (self.far / str(step) / WHOLE).write_text(json.dumps(digests))
+                self._kept.add(step)
         for step in set(there) - set(here):
-            (self.far / str(step) / WHOLE).unlink(missing_ok=True)  # first: what is left is no checkpoint
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint from the store."""
+        self._kept.discard(step)
+        (self.far / str(step) / WHOLE).unlink(missing_ok=True)  # first: what is left is no checkpoint
+        with contextlib.suppress(FileNotFoundError):  # nothing is left
             (self.far / str(step)).rmtree()
 
     def wait(self) -> None:

@@ -1,6 +1,6 @@
 """Object stores behind addresses as gs://bucket/run: the library that reads each, and what its errors mean.
 
-An object appears whole when it has been written. Nothing can be appended to one, and nothing renamed or locked.
+An object appears whole when it has been written. Nothing can be appended to one, and nothing renamed.
 """
 
 import contextlib

@@ -155,6 +155,7 @@ class Run:
             self.console.print(f"this run is complete; its figures and pictures are in {self.workdir.path}")
             return False
         self.lock.take(self.console.print)
+        self.workdir.check = self.lock.check
         self.workdir.claim(self.config)  # again: two may have come at once
         self.watch.begin()
         return True

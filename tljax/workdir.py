@@ -34,6 +34,7 @@ class Workdir:
         self.copied_at = 0.0
         self.writes = writes
         self.mark = ""  # tells apart the unfinished files of several processes that write one file
+        self.check = lambda: None  # raises UserError where the workdir is another run's by now
         self.writers = []  # what else takes the rows of metrics (tljax.writers)
         self._events = None
         self._resumed = 0  # the step behind which the rows go on
@@ -154,6 +155,7 @@ class Workdir:
         if not (self.remote and self.writes and self._events):
             return
         with self._reported():
+            self.check()
             for file in self._growing():
                 length = file.stat().st_size
                 if self.copied.get(file.name) != length:
