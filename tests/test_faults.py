@@ -1,5 +1,6 @@
 """Damage, and what a run makes of it: checkpoints that are not as saved, clocks that jump, disks that are slow."""
 
+import gc
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from conftest import changed, rows, script
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_launch import ended, launch
 
-from tljax import checksums, train
+from tljax import checksums, evaluate, train
 from tljax.checkpoint import Checkpoints, Damaged
 from tljax.errors import UserError
 from tljax.keeper import Keeper
@@ -159,6 +160,7 @@ def never_wrong(saved: Path, tmp_path: Path, times: int, seed: int) -> int:
             raise AssertionError(done) from error
         assert re.match(rf"{path / '3'} is damaged: [^\n]+$", line), done
         shutil.rmtree(path)
+    gc.collect()  # orbax's unfinished readers: Python 3.11 fails to parse where they are collected meanwhile
     return noticed
 
 
@@ -265,6 +267,27 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, trained, t
     summary = json.loads((path / "summary.json").read_text())
     assert all(0 <= seconds < 1000 for seconds in summary["time"].values())
     assert 0 < summary["first_step_seconds"] < 1000
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_is_damaged_leaves_the_last_one_and_can_be_had_again(tiny, tmp_path, capsys):
+    fields = {"select": "best", "metric": "val/accuracy", "optim_lr": 0.1, "eval_every": "4 steps"}
+    argv = changed(tiny, tmp_path / "run", **fields)
+    assert train.main(argv) == 0
+    path, whole = tmp_path / "run", shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    best = json.loads((path / "summary.json").read_text())["best"]["step"]
+    assert best < 18  # none of the last two: all of val are right from there on
+    (path / "summary.json").unlink()
+    flipped(values_of(path / f"checkpoints/{best}"), 999)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"checkpoints/{best} is damaged: [^\n]+ --checkpoint=last") as error:
+            train.main(argv)
+    assert "it was the best one" in str(error.value)
+    assert sorted(os.listdir(path / "checkpoints")) == sorted(os.listdir(whole / "checkpoints"))
+    assert evaluate.main([f"--workdir={path}", "--checkpoint=last"]) == 0
+    shutil.rmtree(path / "checkpoints")
+    assert train.main(argv) == 0
+    assert ended_as(path, whole)
 
 
 # One of two processes: it saves or restores a state of which each holds a part, or takes the workdir.

@@ -9,7 +9,9 @@ import numpy as np
 from tljax import STARTED, data, experiment, forgetting, parallel, source
 from tljax import plan as plans
 from tljax.cache import views
+from tljax.checkpoint import Damaged
 from tljax.data.transforms import resize_and_centre_crop
+from tljax.errors import UserError
 from tljax.report import metrics, pictures, source_pictures
 from tljax.report.page import html
 from tljax.step import State, evaluated
@@ -26,7 +28,15 @@ def conclude(run, state: State) -> None:
     if chosen != steps:
         features = None  # a checkpoint of another phase may have another prefix
         del state  # its memory is wanted
-        plan, state = run.exp.restore(run.keeper.checkpoints, chosen, run.layout, len(run.dataset.train))
+        try:
+            plan, state = run.exp.restore(run.keeper.checkpoints, chosen, run.layout, len(run.dataset.train))
+        except Damaged as error:
+            path = run.workdir.path
+            raise UserError(
+                f"{error.what}: it was the best one. `python -m tljax.evaluate --workdir={path} --checkpoint=last` "
+                f"tells the figures of the last one; when {path / 'checkpoints'} is deleted, the same command trains "
+                "to the same best one again"
+            ) from error
     run.keeper.checkpoints.close()
     params, stats = evaluated(state, plan)
     found, logits, shown = {}, None, None
