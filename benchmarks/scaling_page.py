@@ -97,7 +97,7 @@ def bounds(records: list[dict], models: dict) -> str:
         pixels = r["size"] ** 2 * 3
         rows.append((
             f"{models[r['model']]}, {r['strategy']}",
-            *(f"{1000 * times[resource]:.2g}" for resource in RESOURCES),
+            *(f"{float(f'{1000 * times[resource]:.2g}'):g}" for resource in RESOURCES),
             f"**{max(times, key=times.get)}**",
             f"{rate:,.0f}", f"{size(rate * JPEG)}/s", f"{size(rate * pixels)}/s", f"{rate / DECODES:.0f}",
         ))  # fmt: skip
@@ -119,6 +119,15 @@ def remarks(records: list[dict], models: dict) -> str:
                 f"all, computes {full['flops'] / head['flops']:.1f} times less and takes "
                 f"{held(full) / held(head):.1f} times less memory."
             )
+        for strategy in ("frozen", "LoRA", "last 4", "full"):
+            if plain := get(strategy):
+                times = seconds(plain)
+                share = max(times["network"], times["decoding"]) / times["MXU"]
+                if share > 0.5:
+                    said.append(
+                        f"{name}, {strategy}: reading the photographs takes {100 * share:.0f} % of the time that the "
+                        "MXU needs at its peak: outside the chips, the input binds first."
+                    )
         for strategy in ("frozen", "last 4", "LoRA"):
             wide, narrow = get(strategy), get(strategy, "frozen bf16")
             if wide and narrow:
@@ -144,6 +153,9 @@ def document(papers: dict, records: list[dict], models: dict, total: int) -> str
     missing, left = total - len(records), ""
     if missing:
         left = f" {missing} of {total} programs\nare not compiled yet: a dash stands for them."
+    binds = {(r["model"], r["strategy"]): seconds(r) for r in records if r["layout"] == "replicated" and "flops" in r}
+    inside = all(max(t[x] for x in ("ICI", "network", "decoding")) < t["MXU"] for t in binds.values())
+    surely = "Surely it is neither the links nor the input, which need less than the MXU at its peak." if inside else ""
     said = remarks(records, models)
     said += "\n\n" if said else ""
     return f"""# Scaling, on paper
@@ -161,14 +173,17 @@ classes; *LoRA* is of rank 8, *last 4* the last four stages before the head, and
 
 Bytes that a step reduces, a chip. Theory: the gradient of what trains, in the dtype in which its layer reads it, three
 vectors for each BatchNorm that moves, two scalars. What is frozen adds nothing, and the number of chips changes
-nothing: a ring sends each byte twice, over however many chips.
+nothing: a ring sends each byte twice, over however many chips. The compiler reduces less than that in two places: where
+a block has a downsample, the biases of two norms have one gradient; and LoRA's B, which is scaled in float32, has its
+gradient reduced in bfloat16, before it is widened.
 
 {communication(papers, records, models)}
 
 ## What a chip holds
 
 On 256 chips. *fsdp 8* lays large leaves over 8 chips, *frozen bf16* is `frozen_dtype`, *remat* is by stage
-([devices.md](devices.md)). Scratch is what the compiler reserves for activations, gradients and gathered leaves.
+([devices.md](devices.md)). Of ResNet-50 the plain layout alone is compiled. Scratch is what the compiler reserves for
+activations, gradients and gathered leaves.
 
 {memory(papers, records, models)}
 
@@ -177,8 +192,9 @@ On 256 chips. *fsdp 8* lays large leaves over 8 chips, *frozen bf16* is `frozen_
 Milliseconds of a step if one resource alone bounded it: the MXU by the compiler's FLOPs, ICI by the ring's volume, the
 hosts' network by {JPEG / 1e3:.0f} kB a photograph, decoding by {VCPUS} vCPUs at {DECODES:,} photographs/s a thread: no
 resource reaches its peak, so these are lower bounds. HBM by the bytes that the compiler says its fused operations
-access, some of which never leave the chip: an upper bound. The largest binds. The last columns are the input that a
-host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes read, pixels sent to the devices,
+access, some of which never leave the chip: an upper bound. The largest binds: where that is HBM, it or the MXU does.
+{surely}
+The last columns are the input that a host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes read, pixels sent to the devices,
 threads that decode.
 
 {bounds(records, models)}
