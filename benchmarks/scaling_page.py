@@ -194,8 +194,8 @@ hosts' network by {JPEG / 1e3:.0f} kB a photograph, decoding by {VCPUS} vCPUs at
 resource reaches its peak, so these are lower bounds. HBM by the bytes that the compiler says its fused operations
 access, some of which never leave the chip: an upper bound. The largest binds: where that is HBM, it or the MXU does.
 {surely}
-The last columns are the input that a host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes read, pixels sent to the devices,
-threads that decode.
+The last columns are the input that a host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes
+read, pixels sent to the devices, threads that decode.
 
 {bounds(records, models)}
 
