@@ -108,9 +108,15 @@ def outcome(target: Target, folder: Path, seconds: float = SECONDS) -> tuple[str
 
 
 def _short_of_memory(error: BaseException | None) -> str:
-    """What says that memory was asked for in vain, in the causes of an error."""
+    """What says that memory was asked for in vain, in the causes of an error.
+
+    What libhdf5 asks for to read a header into it never touches, as it looks before it reads whether the file goes on
+    for so long (test_hdf5).
+    """
     while error is not None:
         text = str(error)
+        if "on disk image buffer" in text:
+            return ""
         if isinstance(error, MemoryError) and "arser" not in text:  # Python's parser says it of deep nesting
             return f"{type(error).__name__}: {text}"
         if any(words in text.lower() for words in ("unable to allocate", "memory allocation failed", "malloc of size")):

@@ -2,9 +2,11 @@
 
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import script
 
 from tljax import models, weights
 from tljax.errors import UserError
@@ -199,3 +201,27 @@ def test_an_archive_of_keras_3_says_what_to_do(tmp_path):
         file.writestr("config.json", "{}")
         file.write(keras_3(tmp_path / "y.h5"), "model.weights.h5")
     assert error_of(path) == "a Keras archive: unpack it (unzip) and name the model.weights.h5 that is in it"
+
+
+CLAIMS = """
+import resource, sys
+from tljax.errors import UserError
+from tljax.weights import hdf5
+hdf5.read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    hdf5.read(sys.argv[2])
+except UserError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def test_a_header_that_claims_gigabytes_takes_none(tmp_path):
+    """16 GB, of a file of 13 kB: libhdf5 reserves them, and does not touch them."""
+    with h5py.File(tmp_path / "sound.h5", "w") as file:
+        file["a"] = np.ones(3)
+    claims = Path(__file__).parent.parent / "fuzz/corpus/hdf5/header_that_claims_gigabytes/w.h5"
+    out, err = script(CLAIMS, str(tmp_path / "sound.h5"), str(claims)).communicate(timeout=120)
+    kilobytes, _, line = out.partition(" ")
+    assert "damaged, truncated or no HDF5 file" in line, err
+    assert int(kilobytes) < 16 * 1024
