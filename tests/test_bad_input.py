@@ -116,6 +116,8 @@ def test_config_files(says, tmp_path):
 )
 def test_values_that_need_data_or_devices(says, tiny, tmp_path, changes, line):
     assert line in says("train", *tiny, f"--workdir={tmp_path / 'w'}", *(f"--config.{c}" for c in changes))
+    told_by_the_step = "mixup" in line
+    assert told_by_the_step or not (tmp_path / "w").exists()  # the right value finds no other config there
 
 
 def cut(path):

@@ -109,7 +109,8 @@ class Run:
             self.source = source.photographs(config.source, source.num_classes(self.exp)) if wanted else None
         self.total, self.per_epoch = experiment.total_steps(config, examples)
         self.phases = self.exp.in_time(examples)
-
+        for phase in self.phases:  # schedules that do not fit are told before there is a folder
+            self.exp.optimizer(phase, examples)
         if not goes_on and not self.hold():
             return 0
         self.watch.expect(self.total)
