@@ -121,6 +121,25 @@ def script(text: str, *argv: str, devices: int = 1, **environment: str) -> subpr
     )
 
 
+def race(text: str, argument: str, count: int = 5) -> list[str]:
+    """What so many processes of `python -c text argument` print, sorted.
+
+    Each says "ready", reads a line, prints one, and reads another, so that all are there until all have printed.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", text, argument], **pipes) for _ in range(count)]
+    try:
+        assert {process.stdout.readline() for process in processes} == {"ready\n"}
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sorted(process.stdout.readline().strip() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 SCRIPT = Path(__file__).parent.parent / "launch" / "local.sh"
 
 

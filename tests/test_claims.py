@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import race
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,20 +186,7 @@ sys.stdin.readline()  # the winner lives until all have tried
 
 def test_of_several_processes_one_takes_over(tmp_path):
     (tmp_path / "claim-0001").write_text(json.dumps(claims.identity() | {"pid": 2**22 + 1}))
-    command = [sys.executable, "-c", CONTENDER, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(5)]
-    try:
-        assert {process.stdout.readline() for process in processes} == {"ready\n"}
-        for process in processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = sorted(process.stdout.readline() for process in processes)
-        assert found == ["2\n"] + ["None\n"] * 4
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    assert race(CONTENDER, str(tmp_path)) == ["2"] + ["None"] * 4
 
 
 def test_one_of_several_makes_what_all_read(tmp_path):

@@ -5,13 +5,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import PurePosixPath
 
 import pytest
-from conftest import command, script
+from conftest import command, race, script
 from etils import epath
 from test_claims import at_once
 from test_lock import ELSEWHERE, fast  # noqa: F401
@@ -250,37 +249,25 @@ sys.stdin.readline()  # the winner lives until all have tried
 @pytest.mark.slow
 def test_of_several_processes_one_takes_over(buckets, place):
     hold(buckets, place, pid=2**22 + 1)
-    argv = [sys.executable, "-c", CONTENDER, place]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(argv, **pipes) for _ in range(5)]
-    try:
-        assert {process.stdout.readline() for process in processes} == {"ready\n"}
-        for process in processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = sorted(process.stdout.readline() for process in processes)
-        assert found[0] == "5\n"
-        assert all(line.startswith(f"another run is in {place}: ") for line in found[1:])
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    found = race(CONTENDER, place)
+    assert found[0] == "5"
+    assert all(line.startswith(f"another run is in {place}: ") for line in found[1:])
 
 
 PAUSED = """
 import os, sys, time
-from tljax import command, train
+from tljax import command, loop, train
 step, released, *argv = sys.argv[1:]
-save = train.Run.save
+save = loop.save
 
-def pausing_save(self, state):
+def pausing_save(run, state):
     if int(state.step) == int(step):
         print("waits", flush=True)
         while not os.path.exists(released):
             time.sleep(0.05)
-    save(self, state)
+    save(run, state)
 
-train.Run.save = pausing_save
+loop.save = pausing_save
 sys.argv[1:] = argv
 command.run(train.main)
 """

@@ -105,16 +105,16 @@ def start(photos, workdir, *more: str, texts: tuple[str, ...] = (SHARDED, SHARDE
 
 TOLD = f"""
 import sys
-from tljax import train
+from tljax import loop
 step, *sys.argv[1:] = sys.argv[1:]
-stopping = train.Run.stopping
+told_to_stop = loop.told_to_stop
 
-def telling(self, at):
+def telling(run, at):
     if at == int(step):
         print("at the step", file=sys.stderr, flush=True)
-    return stopping(self, at)
+    return told_to_stop(run, at)
 
-train.Run.stopping = telling
+loop.told_to_stop = telling
 {SHARDED}
 """
 DIES_SHARDED = f"from tljax import parallel; parallel.FSDP_LEAST = 64\n{DIES}"
