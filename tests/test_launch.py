@@ -134,9 +134,9 @@ def test_sigterm_stops_all_at_one_step_and_any_number_goes_on(tiny, runs, tmp_pa
     assert out.splitlines()[-1] == f"stopped by SIGTERM at step {step}, saved; the same command goes on from there"
 
     one = shutil.copytree(path, tmp_path / "one")
-    resumed = launch(*changed(tiny, path, **kept(tmp_path)))
+    out, err = ended(launch(*changed(tiny, path, **kept(tmp_path))))
+    # Behind it: on other devices features are rounded otherwise, and who comes first keeps them for both.
     assert train.main(changed(tiny, one, **kept(tmp_path))) == 0
-    out, err = ended(resumed)
     assert f"resumed from step {step}" in out
     assert_same(path, runs["two"], EXACT)
     assert_same(one, runs["two"], CLOSE)

@@ -229,8 +229,7 @@ def test_a_silence_is_told_once_a_while_and_its_end(tmp_path):
     it.begun = True
     it.total = 50
     it.steps(4)
-    begun = it.clock.since
-    it._alive = begun
+    it.clock.since = it._alive = begun = 1000.0  # of which minutes are whole to the last bit
     told = [minute for minute in range(90) if it._look(begun + 60 * minute)]
     assert told == [10, 20, 40, 80]  # each silence at twice the length of the one before
     stacks = f"the run goes on; the stacks of all threads are in {tmp_path / 'stacks.txt'}"

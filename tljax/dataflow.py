@@ -176,7 +176,10 @@ class Walk:
         """The outputs of an equation that holds jaxprs (jit, scan, cond, remat, shard_map, …), else None."""
         name, params = eqn.primitive.name, eqn.params
         if name == "scan":
-            consts, carry = params["num_consts"], params["num_carry"]
+            if "ft_in" in params:  # JAX from 0.12 on
+                consts, carry, _ = map(len, params["ft_in"].unpack())
+            else:
+                consts, carry = params["num_consts"], params["num_carry"]
             slices = values[consts + carry :]
             if "jvp(" in str(eqn.source_info.name_stack):
                 self.scans += [(eqn, v.joined) for v in slices if v.joined]
