@@ -22,6 +22,7 @@ from tljax.weights.matcher import covers
 
 BATCH = 32  # photographs at a time: their maps of one stage are held, twice
 FIELDS = ("image_column", "label_column", "data_dir")  # of config.source, as of config.data
+UNNAMED = "config.source.data = '': expected photographs of the source task, as folder:DIR"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def photographs(config: Mapping, classes: int) -> Photographs:
     classes as the head has (in their order), or where `config.source.classes` names them. Otherwise they have none.
     """
     if not config["data"]:
-        raise UserError("config.source.data = '': expected photographs of the source task, as folder:DIR")
+        raise UserError(UNNAMED)
     table = read({"source": config["data"]} | {name: config[name] for name in FIELDS})
     rows = np.arange(len(table.names)) if not config["split"] else np.flatnonzero(table.splits == config["split"])
     if table.keys is not None:

@@ -104,6 +104,8 @@ class Run:
         penalty = self.exp.penalty
         if penalty and not (penalty.held or penalty.new):
             raise UserError(f"config.regulariser = {config.regulariser!r} holds nothing: no loaded parameter trains")
+        if penalty and penalty.regulariser.fisher and not (penalty.regulariser.source or config.source.data):
+            raise UserError(source.UNNAMED)
         with self.clock("data"):  # what is missing is told before a step is made, not behind the last one
             wanted = config.source.data
             self.source = source.photographs(config.source, source.num_classes(self.exp)) if wanted else None
