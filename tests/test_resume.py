@@ -17,7 +17,7 @@ from tljax.checkpoint import Checkpoints
 from tljax.errors import UserError
 from tljax.workdir import Workdir
 
-STEPS = 250
+STEPS = 150
 KILLS = 2
 MORE = (
     f"--config.train_for={STEPS} steps", "--config.checkpoint_every=7 steps", "--config.eval_every=50 steps",

@@ -71,6 +71,7 @@ def copied(held, url: str, other: str) -> str:
     return other
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_processes(buckets):
     """Laid over both; written by one, read, agreed on and set aside by both."""
     processes = together(SAVES, [[f"{PLACE}/checkpoints"]] * 2, 2, devices=2)
