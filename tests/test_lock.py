@@ -86,22 +86,29 @@ def test_who_sleeps_on_this_machine_keeps_the_workdir(tmp_path):
         Lock(tmp_path).take()
 
 
-def test_a_heartbeat_from_elsewhere_blocks_whatever_the_clocks_say(tmp_path, fast):
-    file, end, said = held(tmp_path, **ELSEWHERE), threading.Event(), []
+def assert_that_heartbeats_block(workdir: str | Path, touch) -> None:
+    """While `touch` is called again and again, the holder ELSEWHERE counts as alive, and is named."""
+    ended, said = threading.Event(), []
 
     def beat():
-        while not end.wait(0.05):
-            aged(file, -1e5 + time.perf_counter())  # that machine's clock is a day ahead
+        while not ended.wait(0.05):
+            touch()
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(UserError, match=r"another run is in .*: process 4711 on worker-7, since 2026"):
-            Lock(tmp_path).take(said.append)
+        with pytest.raises(UserError, match=f"another run is in {workdir}: process 4711 on worker-7, since 2026"):
+            Lock(workdir).take(said.append)
     finally:
-        end.set()
+        ended.set()
         thread.join()
     assert "process 4711 on worker-7 was here before: looking" in said[0]
+
+
+def test_a_heartbeat_from_elsewhere_blocks_whatever_the_clocks_say(tmp_path, fast):
+    file = held(tmp_path, **ELSEWHERE)
+    # That machine's clock is a day ahead.
+    assert_that_heartbeats_block(tmp_path, lambda: aged(file, -1e5 + time.perf_counter()))
 
 
 @pytest.mark.parametrize("age", [0, 3600, -3600], ids=["just now", "long ago", "to come"])

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from pathlib import PurePosixPath
 
@@ -13,7 +12,7 @@ import pytest
 from conftest import command, race, script
 from etils import epath
 from test_claims import at_once
-from test_lock import ELSEWHERE, fast  # noqa: F401
+from test_lock import ELSEWHERE, assert_that_heartbeats_block, fast  # noqa: F401
 from test_stores import FAKES, SHORT
 
 from tljax import claims, lock, stores
@@ -91,22 +90,8 @@ def test_a_dead_process_of_this_machine_does_not_block(buckets, place):
 
 def test_a_heartbeat_from_elsewhere_blocks(buckets, place, fast):  # noqa: F811
     hold(buckets, place, **ELSEWHERE)
-    ended, said = threading.Event(), []
     objects, text = Objects(f"{place}/.lock"), there(buckets, place).read(f"{place}/.lock/claim-0004").decode()
-
-    def beat():
-        while not ended.wait(0.05):
-            objects.touch("claim-0004", text)
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        with pytest.raises(UserError, match=f"another run is in {place}: process 4711 on worker-7, since 2026"):
-            Lock(place).take(said.append)
-    finally:
-        ended.set()
-        thread.join()
-    assert "process 4711 on worker-7 was here before: looking" in said[0]
+    assert_that_heartbeats_block(place, lambda: objects.touch("claim-0004", text))
 
 
 def test_no_heartbeat_from_elsewhere_blocks_for_a_bounded_time(buckets, place, fast):  # noqa: F811

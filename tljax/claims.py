@@ -120,7 +120,7 @@ def begun(folder: Path) -> bool:
 class Claim(contextlib.AbstractContextManager):
     """A claim that is held: it is touched until it ends. `lost` tells whether another process has taken it over."""
 
-    def __init__(self, path: Path, text: str, there: "Files | Objects", stale: float):
+    def __init__(self, path: Path, text: str, there: Files | Objects, stale: float):
         self.path, self.number, self._end = path, int(path.name.rpartition("-")[2]), threading.Event()
         self._text, self._there = text, there
         self._thread = threading.Thread(target=self._beat, args=(stale * there.beat,), daemon=True)
@@ -154,7 +154,7 @@ class Claim(contextlib.AbstractContextManager):
             self._there.leave(self.path.name)
 
 
-def lying(folder: Path) -> "Files | Objects":
+def lying(folder: Path) -> Files | Objects:
     """Claims as they lie in a folder."""
     return Objects(folder) if stores.is_remote(folder) else Files(folder)
 
@@ -168,11 +168,11 @@ def _highest(names: list[str]) -> int:
     return max((int(found[1]) for found in (re.fullmatch(r"claim-(\d+)", name) for name in names) if found), default=0)
 
 
-def _newest(there: "Files | Objects") -> int:
+def _newest(there: Files | Objects) -> int:
     return _highest(there.names())
 
 
-def _free(there: "Files | Objects", number: int, stale: float) -> bool:
+def _free(there: Files | Objects, number: int, stale: float) -> bool:
     """Whether the work may be taken over from the holder of a claim."""
     if f"{_name(number)}.left" in there.names():
         return True
@@ -181,7 +181,7 @@ def _free(there: "Files | Objects", number: int, stale: float) -> bool:
     return _dead(found) or there.age(_name(number), touched) > stale
 
 
-def _read(there: "Files | Objects", number: int) -> tuple[dict, object]:
+def _read(there: Files | Objects, number: int) -> tuple[dict, object]:
     """What a claim says, {} where it cannot be read, and what a heartbeat changes."""
     text, touched = there.read(_name(number))
     try:
