@@ -87,10 +87,15 @@ def memory(papers: dict, records: list[dict], models: dict) -> str:
     return table(("", "layout", "state and batch, theory", "compiled", "scratch", "in all"), rows)
 
 
+def of_the_pod(records: Iterable[dict]) -> list[dict]:
+    """The programs of the largest slice in the plain layout, of which the bounds are told."""
+    return [r for r in records if r["chips"] == 256 and r["layout"] == "replicated" and "flops" in r]
+
+
 def bounds(records: list[dict], models: dict) -> str:
     """What each resource would take of a step, what binds, and the input that keeps up with it."""
     rows = []
-    for r in (r for r in records if r["chips"] == 256 and r["layout"] == "replicated" and "flops" in r):
+    for r in of_the_pod(records):
         times = seconds(r)
         chip = max(times[resource] for resource in ("MXU", "HBM", "ICI"))
         rate = r["images_a_chip"] * HOST / chip
@@ -153,9 +158,9 @@ def document(papers: dict, records: list[dict], models: dict, total: int) -> str
     missing, left = total - len(records), ""
     if missing:
         left = f" {missing} of {total} programs\nare not compiled yet: a dash stands for them."
-    binds = {(r["model"], r["strategy"]): seconds(r) for r in records if r["layout"] == "replicated" and "flops" in r}
-    inside = all(max(t[x] for x in ("ICI", "network", "decoding")) < t["MXU"] for t in binds.values())
-    surely = "Surely it is neither the links nor the input, which need less than the MXU at its peak." if inside else ""
+    times = [seconds(r) for r in of_the_pod(records)]
+    inside = times and all(max(t[x] for x in ("ICI", "network", "decoding")) < t["MXU"] for t in times)
+    others = "With all at their peaks the links and the input need less than the MXU does." if inside else ""
     said = remarks(records, models)
     said += "\n\n" if said else ""
     return f"""# Scaling, on paper
@@ -193,7 +198,7 @@ Milliseconds of a step if one resource alone bounded it: the MXU by the compiler
 hosts' network by {JPEG / 1e3:.0f} kB a photograph, decoding by {VCPUS} vCPUs at {DECODES:,} photographs/s a thread: no
 resource reaches its peak, so these are lower bounds. HBM by the bytes that the compiler says its fused operations
 access, some of which never leave the chip: an upper bound. The largest binds: where that is HBM, it or the MXU does.
-{surely}
+{others}
 The last columns are the input that a host of 8 chips needs where its chips work at their bound: photographs, JPEG bytes
 read, pixels sent to the devices, threads that decode.
 
